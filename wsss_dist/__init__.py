@@ -1,0 +1,3 @@
+"""Distributed training of weakly supervised semantic segmentation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,68 @@
+"""What the trainer and the evaluation ask of a method, and nothing more.
+
+B batch, C foreground classes, K = C + 1 with background (0), H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from wsss_dist.data.batch import Batch
+
+
+@dataclass
+class Prediction:
+    """What a method says of B images, at the size of the images it was given.
+
+    cam     [B, C, H, W] float32 in [0, 1], class activation maps, multiplied with the tags.
+    logits  [B, K, H, W] float32 of the segmentation head, fused over scales; None for a method without one.
+    extras  name -> [B, H, W] or [B, C, H, W] maps for the report only ("crme": confidence-region masks in [0, 1],
+            "pseudo": label map 0..C and 255).
+    """
+
+    cam: Tensor
+    logits: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+class BaseMethod(nn.Module):
+    """Base of every `Method`. Constructed as `Method(config, num_classes, train_steps)`.
+
+    num_classes is C; train_steps is M, the length of the run, which the schedules are fractions of.
+    """
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return self.training_step(batch, step)
+
+    def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of one micro batch at 0-based step `step`: "loss" (with graph) and any scalars to log."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called on every rank once per optimiser step, after it (moving averages and the like)."""
+
+    def predict(
+        self,
+        batch: Batch,
+        *,
+        cam_scales: list[float],
+        seg_scales: list[float],
+        fuse: str,
+        step: int | None = None,
+    ) -> Prediction:
+        """Predict without gradient; each scale is run with its mirror image.
+
+        Args:
+            batch: images (any size the backbone takes) with the tags that mask the CAM.
+            cam_scales: image scales for the CAM.
+            seg_scales: image scales for the segmentation logits, 1.0 among them.
+            fuse: "voc" or "coco", the rule that merges the logits of the scales.
+            step: training step the weights stand at; None means trained to the end.
+        """
+        raise NotImplementedError
+
+    def param_groups(self) -> list[dict]:
+        """Groups for the optimiser: dicts with "name", "params" (list) and "lr_mult"; every trainable parameter once."""
+        raise NotImplementedError

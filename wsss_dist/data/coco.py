@@ -1,0 +1,194 @@
+"""Data sets in the COCO format: one JSON of images, categories and annotations per split.
+
+    root/annotations/<split>.json  or  root/annotations/instances_<split>.json
+    root/images/<split>/*.jpg      or  root/<split>/*.jpg                         (the second is the official layout)
+    root/masks/<split>/<stem>.png  optional; without it masks are drawn from the annotations
+
+Tags come from the `labels` list of each image (names or category ids) where the file has them, else from the
+categories of its annotations. Raw category ids become 1..C in ascending order of id. A crowd region (iscrowd = 1)
+gives its tag, for the class is in the picture, and is 255 (ignore) in the mask, for its outline is not exact. Where
+objects overlap the smaller one is on top.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
+from wsss_dist.errors import UserError
+
+
+class CocoDataset(Dataset):
+    """One split. Reads tags only; segmentations are read again, and kept, when a mask is first asked for."""
+
+    def __init__(self, root: Path, split: str, classes: list[str] | None) -> None:
+        existing_root(root)
+        self._file = _annotation_file(root, split)
+        content = _load(self._file)
+        names = _check_categories(content["categories"], classes, self._file)
+        self._class_of = {raw: c for c, raw in enumerate(sorted(names))}
+        images = content["images"]
+        check_distinct([image["id"] for image in images], "image ids", self._file)
+        self._raw_ids = np.array([image["id"] for image in images], dtype=object)
+        files = [str(image["file_name"]) for image in images]
+        folder = _image_folder(root, split)
+        check_images(folder, files, self._file)
+        tags = _tags(content, names, self._class_of, self._file)
+        self._has_segments = any("segmentation" in a for a in content["annotations"])
+        self._mask_folder = root / "masks" / split
+        self._segments: dict[Any, list[dict]] | None = None
+        super().__init__(f"{root.name}/{split}", [names[raw] for raw in sorted(names)], folder, files, tags)
+
+    def _select(self, rows: np.ndarray) -> None:
+        super()._select(rows)
+        self._raw_ids = self._raw_ids[rows]
+
+    @property
+    def has_masks(self) -> bool:
+        return self._mask_folder.is_dir() or self._has_segments
+
+    def open_masks(self) -> None:
+        if self._segments is None and not self._mask_folder.is_dir():
+            self._segments = {}
+            for annotation in _load(self._file)["annotations"]:
+                self._segments.setdefault(annotation["image_id"], []).append(annotation)
+
+    def mask(self, i: int) -> np.ndarray:
+        if not self.has_masks:
+            return super().mask(i)
+        if self._mask_folder.is_dir():
+            return checked_mask(self._mask_folder / f"{self.id(i)}.png", len(self.class_names))
+        self.open_masks()
+        height, width = self.image(i).shape[:2]
+        return self._draw(self._segments.get(self._raw_ids[i], []), height, width, self.id(i))
+
+    def _draw(self, annotations: list[dict], height: int, width: int, name: str) -> np.ndarray:
+        regions = []
+        for annotation in annotations:
+            region = _region(annotation, height, width, self._file, name)
+            regions.append((bool(annotation.get("iscrowd", 0)), int(region.sum()), annotation, region))
+        mask = np.zeros((height, width), np.uint8)
+        # large objects first, so that small ones lie on top of them; crowds only where no single object is
+        for crowd, _, annotation, region in sorted(regions, key=lambda r: (r[0], -r[1])):
+            if crowd:
+                mask[region & (mask == 0)] = 255
+            else:
+                mask[region] = self._class_of[annotation["category_id"]] + 1
+        return mask
+
+
+def _annotation_file(root: Path, split: str) -> Path:
+    wanted = [root / "annotations" / f"{split}.json", root / "annotations" / f"instances_{split}.json"]
+    for path in wanted:
+        if path.is_file():
+            return path
+    known = sorted(p.stem.removeprefix("instances_") for p in (root / "annotations").glob("*.json"))
+    raise UserError(
+        f"data: split '{split}' has no annotation file: neither {wanted[0]} nor {wanted[1].name} exists; "
+        f"splits found: {', '.join(known) or 'none'}. Correct data.root, data.train_split or data.eval_splits"
+    )
+
+
+def _image_folder(root: Path, split: str) -> Path:
+    for folder in (root / "images" / split, root / split):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"data: no images of split '{split}': expected the folder {root}/images/{split} or {root}/{split}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Parse an annotation file and hold that its three lists are there, with the keys every entry needs."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data: {path} is not readable JSON ({error}); download or write it again") from None
+    needed = {"images": ("id", "file_name"), "categories": ("id", "name"), "annotations": ("image_id", "category_id")}
+    for key, fields in needed.items():
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise UserError(f"data: {path} has no list '{key}'; expected COCO JSON with {', '.join(needed)}")
+        for k, entry in enumerate(entries):
+            absent = [f for f in fields if not isinstance(entry, dict) or f not in entry]
+            if absent:
+                raise UserError(f"data: {path}: {key}[{k}] lacks '{absent[0]}'; expected an object with {fields}")
+    return content
+
+
+def _check_categories(categories: list[dict], classes: list[str] | None, path: Path) -> dict[int, str]:
+    """Category id -> name, held to be distinct, 1 to 254, and equal to `classes` where given."""
+    check_distinct([c["id"] for c in categories], "category ids", path)
+    check_distinct([c["name"] for c in categories], "category names", path)
+    names = {c["id"]: str(c["name"]) for c in categories}
+    if not 1 <= len(names) <= 254:
+        raise UserError(f"data: {path} has {len(names)} categories; expected 1 to 254 (255 means ignore in a mask)")
+    found = [names[raw] for raw in sorted(names)]
+    if classes is not None and classes != found:
+        unknown = [name for name in classes if name not in found]
+        missing = [name for name in found if name not in classes]
+        detail = f"not in the file: {unknown}; not in the list: {missing}" if unknown or missing else "the order differs"
+        raise UserError(
+            f"data.classes does not agree with the categories of {path} ({detail}); "
+            "leave data.classes out, or list the names in the order of their ids"
+        )
+    return names
+
+
+def _tags(content: dict, names: dict[int, str], class_of: dict[int, int], path: Path) -> np.ndarray:
+    """Tags [n, C] uint8, from the images' `labels` or from the annotations' categories."""
+    images = content["images"]
+    tags = np.zeros((len(images), len(names)), np.uint8)
+    if any("labels" in image for image in images):
+        by_name = {names[raw]: c for raw, c in class_of.items()}
+        for row, image in zip(tags, images):
+            if not isinstance(image.get("labels"), list):
+                raise UserError(f"data: {path}: image {image['file_name']} has no list 'labels', though others have one")
+            for label in image["labels"]:
+                row[_class_index(label, by_name if isinstance(label, str) else class_of, image["file_name"], path)] = 1
+        return tags
+    row_of = {image["id"]: k for k, image in enumerate(images)}
+    homeless = [a["image_id"] for a in content["annotations"] if a["image_id"] not in row_of]
+    if homeless:
+        raise UserError(
+            f"data: {path} has {len(homeless)} annotations of images it does not list (first: image ids "
+            f"{homeless[:3]}); expected every 'image_id' under 'images': remove them, or use the matching file"
+        )
+    for annotation in content["annotations"]:
+        k = row_of[annotation["image_id"]]
+        tags[k, _class_index(annotation["category_id"], class_of, images[k]["file_name"], path)] = 1
+    return tags
+
+
+def _class_index(label: Any, known: dict, image: str, path: Path) -> int:
+    try:
+        return known[label]
+    except (KeyError, TypeError):
+        kind = "class name" if isinstance(label, str) else "class id"
+        raise UserError(
+            f"data: {path}: image {image} has the unknown {kind} {label!r}; expected one of "
+            f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}"
+        ) from None
+
+
+def _region(annotation: dict, height: int, width: int, path: Path, name: str) -> np.ndarray:
+    """One annotation as bool [height, width]; polygon lists, compressed and uncompressed RLE."""
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError:
+        raise UserError("data: drawing masks from COCO annotations needs pycocotools: pip install pycocotools") from None
+    shape = annotation.get("segmentation")
+    if isinstance(shape, list):
+        polygons = coco_mask.frPyObjects([p for p in shape if len(p) >= 6], height, width)
+        return coco_mask.decode(polygons).any(axis=2) if polygons else np.zeros((height, width), bool)
+    if not isinstance(shape, dict) or "counts" not in shape or "size" not in shape:
+        raise UserError(f"data: {path}: an annotation of {name} has no polygon and no RLE under 'segmentation'")
+    if list(shape["size"]) != [height, width]:
+        raise UserError(
+            f"data: {path}: a mask of {name} is {shape['size'][0]} x {shape['size'][1]} (height x width), the image "
+            f"is {height} x {width}; expected the same size: write the annotation again"
+        )
+    rle = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
+    return coco_mask.decode(rle).astype(bool)

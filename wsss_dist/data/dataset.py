@@ -1,0 +1,148 @@
+"""What every data set can do, whatever its files look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from wsss_dist.data.decode import read_image, read_mask
+from wsss_dist.errors import UserError
+
+
+class Dataset:
+    """Images with image-level tags, and masks that only the evaluation may ask for.
+
+    name         for messages and reports.
+    class_names  the C foreground classes; class c has id c + 1 in a mask.
+    root         folder that the image paths are relative to.
+    files        [n] array of str, image paths relative to `root`.
+    tags         [n, C] uint8, 1 where the image carries the tag.
+
+    Names and tags are two arrays, not lists of objects, so that worker processes share their memory.
+    """
+
+    def __init__(self, name: str, class_names: list[str], root: Path, files: list[str], tags: np.ndarray) -> None:
+        assert tags.shape == (len(files), len(class_names)) and tags.dtype == np.uint8
+        self.name = name
+        self.class_names = list(class_names)
+        self.root = root
+        self.files = np.array(files, dtype=np.str_)
+        self.tags = tags
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def id(self, i: int) -> str:
+        """Name of image i within the data set: its path below the image folder without the ending."""
+        return str(Path(str(self.files[i])).with_suffix(""))
+
+    def path(self, i: int) -> Path:
+        """The file of image i."""
+        return self.root / str(self.files[i])
+
+    def image(self, i: int) -> np.ndarray:
+        """Image i, uint8 [H, W, 3] RGB, turned upright. Raises DamagedImage."""
+        return read_image(self.path(i))
+
+    def labels(self, i: int) -> np.ndarray:
+        """Tags of image i, float32 [C], 1 where present."""
+        return self.tags[i].astype(np.float32)
+
+    def drop_untagged(self) -> None:
+        """Leave out the images without any tag. Raises UserError when none is left."""
+        rows = np.flatnonzero(self.tags.any(axis=1))
+        if not len(rows):
+            raise UserError(f"data: no image of '{self.name}' has a tag and data.untagged is 'drop'; expected tags")
+        self._select(rows)
+
+    def _select(self, rows: np.ndarray) -> None:
+        """Keep the images `rows` (int64) alone."""
+        self.files, self.tags = self.files[rows], self.tags[rows]
+
+    @property
+    def has_masks(self) -> bool:
+        """True where `mask` can answer."""
+        return False
+
+    def open_masks(self) -> None:
+        """Load what `mask` needs; called once before worker processes start. Training never calls it."""
+
+    def mask(self, i: int) -> np.ndarray:
+        """Pixel labels of image i for the evaluation, uint8 [H, W]: 0 background, 1..C classes, 255 ignore.
+
+        Raises:
+            UserError: the split has no masks, or the mask is not one.
+        """
+        raise UserError(
+            f"data: '{self.name}' has no masks, which an evaluation needs; "
+            "add them, or take the split out of data.eval_splits"
+        )
+
+
+def checked_mask(path: Path, num_classes: int) -> np.ndarray:
+    """Read a mask file and hold it to the ids 0..num_classes and 255.
+
+    Raises:
+        UserError: it is missing, not a single-channel picture, or holds another id.
+    """
+    if not path.is_file():
+        raise UserError(f"data: mask {path} is missing; expected one PNG of class ids per image of an evaluation split")
+    mask = read_mask(path)
+    counts = np.bincount(mask.reshape(-1), minlength=256)
+    wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
+    if len(wrong):
+        raise UserError(
+            f"data: mask {path} holds the ids {wrong[:5].tolist()}; expected 0 (background), 1..{num_classes} "
+            "(the classes) and 255 (ignore): convert the mask, or correct data.classes"
+        )
+    return mask
+
+
+def existing_root(root: Path) -> Path:
+    """`root` if it is a folder, else a UserError."""
+    if not root.is_dir():
+        raise UserError(
+            f"data.root is '{root}', which is not a folder; give the folder of the data set "
+            "(`python launch/prepare_data.py quickstart` makes data/stampscenes)"
+        )
+    return root
+
+
+def check_images(folder: Path, files: list[str], where: Path) -> None:
+    """Hold that each of `files` lies in `folder`; `where` is the list that names them.
+
+    Raises:
+        UserError: with how many are missing and the first three, or that there is none.
+    """
+    if not files:
+        raise UserError(f"data: {where} lists no image; expected at least one")
+    seen: dict[str, set[str]] = {}
+    missing = []
+    for name in files:
+        parent, _, leaf = name.rpartition("/")
+        if parent not in seen:
+            inside = folder / parent
+            seen[parent] = {entry.name for entry in inside.iterdir()} if inside.is_dir() else set()
+        if leaf not in seen[parent]:
+            missing.append(name)
+    if missing:
+        raise UserError(
+            f"data: {where} names {len(missing)} of {len(files)} images that are not in {folder} "
+            f"(first: {', '.join(missing[:3])}); copy them there, or correct data.root"
+        )
+
+
+def check_distinct(names: list[str], what: str, where: Path) -> None:
+    """Hold that no name comes twice. Raises UserError with how many do and the first three."""
+    seen: set[str] = set()
+    twice = []
+    for name in names:
+        if name in seen:
+            twice.append(name)
+        seen.add(name)
+    if twice:
+        raise UserError(
+            f"data: {where} holds {len(twice)} {what} more than once (first: {', '.join(map(str, twice[:3]))}); "
+            "expected each once: remove the repetitions"
+        )

@@ -1,0 +1,105 @@
+"""Image and mask files to arrays; whatever is wrong with a file ends in one small exception."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from wsss_dist.errors import UserError
+
+# Larger pictures are refused before they are unpacked: a file of a few bytes can claim any size.
+MAX_PIXELS = 2**26
+
+
+class DamagedImage(Exception):
+    """An image file that cannot be turned into RGB pixels."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a picture as uint8 [H, W, 3] RGB.
+
+    The EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit grey is scaled to 8 bits; transparent
+    pixels are put on black, the colour that training pads with; of an animation the first frame counts.
+
+    Raises:
+        DamagedImage: missing, not a picture, truncated, larger than MAX_PIXELS, or of a kind that has no RGB meaning.
+    """
+    try:
+        with _open(path) as file:
+            return _rgb(ImageOps.exif_transpose(file))
+    except DamagedImage:
+        raise
+    except Exception as error:  # decoders raise many kinds on damaged bytes, and all mean the same here
+        raise DamagedImage(str(path), _reason(path, error)) from None
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read a single-channel picture of ids as uint8 [H, W]; a palette is ignored, the ids behind it count.
+
+    Raises:
+        UserError: unreadable, or a colour picture.
+    """
+    try:
+        with _open(path) as file:
+            file.load()
+            if file.mode not in ("L", "P", "1"):
+                raise UserError(
+                    f"data: mask {path} is a picture of mode '{file.mode}'; expected 8-bit single-channel class ids "
+                    "(mode 'L' or 'P'): convert colours to ids first"
+                )
+            return np.array(file, dtype=np.uint8)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data: mask {path} cannot be read ({_reason(path, error)}); write it again") from None
+
+
+def _open(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        # our own limit, checked below, is lower than the one that Pillow warns of
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        file = Image.open(path)
+    if file.width * file.height > MAX_PIXELS:
+        size = f"{file.width} x {file.height}"
+        file.close()
+        raise DamagedImage(str(path), f"claims {size} pixels, more than the {MAX_PIXELS} that are accepted")
+    return file
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its grey values reach from {values.min()} to {values.max()}, more than 16 bits")
+        # 65535 = 255 * 257, so 16-bit white becomes 8-bit white
+        grey = ((values + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is missing"
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture of a known format"
+    if isinstance(error, DamagedImage):
+        return error.reason
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,101 @@
+"""The simplest data set to make by hand: one folder per split.
+
+    root/classes.txt               one class name per line, in the order of the ids 1..C (or data.classes in the config)
+    root/<split>/images/*.jpg
+    root/<split>/labels.csv        header `image,labels`; then e.g. `cat1.jpg,cat;sofa`; no label: the cell is empty
+    root/<split>/masks/<stem>.png  optional, for evaluation: 0 background, 1..C classes, 255 ignore
+
+The pictures of a split are the rows of its labels.csv, in that order.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
+from wsss_dist.errors import UserError
+
+
+class FolderDataset(Dataset):
+    """One split of such a folder."""
+
+    def __init__(self, root: Path, split: str, classes: list[str] | None) -> None:
+        existing_root(root)
+        if classes is None:
+            classes = _read_classes(root / "classes.txt")
+        folder = root / split
+        if not (folder / "labels.csv").is_file():
+            known = sorted(p.parent.name for p in root.glob("*/labels.csv"))
+            raise UserError(
+                f"data: split '{split}' has no file {folder}/labels.csv; splits found: {', '.join(known) or 'none'}. "
+                "Correct data.root, data.train_split or data.eval_splits"
+            )
+        files, tags = read_labels_csv(folder / "labels.csv", classes)
+        check_images(folder / "images", files, folder / "labels.csv")
+        self._mask_folder = folder / "masks"
+        super().__init__(f"{root.name}/{split}", classes, folder / "images", files, tags)
+
+    @property
+    def has_masks(self) -> bool:
+        return self._mask_folder.is_dir()
+
+    def mask(self, i: int) -> np.ndarray:
+        if not self.has_masks:
+            return super().mask(i)
+        return checked_mask(self._mask_folder / f"{self.id(i)}.png", len(self.class_names))
+
+
+def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarray]:
+    """Read a `labels.csv`.
+
+    Args:
+        path: file with the header `image,labels`; labels are separated by semicolons.
+        classes: the C known names.
+    Returns:
+        the image names in file order, and their tags, uint8 [n, C].
+    Raises:
+        UserError: no such header, an unknown class name, an image named twice, text that is not UTF-8.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data: {path} is not a CSV file in UTF-8 ({error}); save it as such") from None
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    if header != ["image", "labels"]:
+        raise UserError(
+            f"data: the first line of {path} is '{','.join(header)}'; expected the header 'image,labels': add it"
+        )
+    index = {name: c for c, name in enumerate(classes)}
+    tags = np.zeros((len(rows) - 1, len(classes)), np.uint8)
+    for k, row in enumerate(rows[1:]):
+        if len(row) != 2:
+            raise UserError(
+                f"data: row {k + 2} of {path} has {len(row)} cells; expected two: the image, and its labels separated "
+                "by semicolons"
+            )
+        for label in filter(None, (part.strip() for part in row[1].split(";"))):
+            if label not in index:
+                raise UserError(
+                    f"data: {path}: image {row[0]} has the unknown class name '{label}'; expected one of "
+                    f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}"
+                )
+            tags[k, index[label]] = 1
+    files = [row[0].strip() for row in rows[1:]]
+    check_distinct(files, "images", path)
+    return files, tags
+
+
+def _read_classes(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(
+            f"data: the class names are unknown: {path} does not exist and data.classes is not set; give one of them"
+        )
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    check_distinct(names, "class names", path)
+    if not 1 <= len(names) <= 254:
+        raise UserError(f"data: {path} has {len(names)} class names; expected 1 to 254 (255 means ignore in a mask)")
+    return names

@@ -1,0 +1,250 @@
+"""The order of the samples, worker processes, and the replacement of damaged files.
+
+G global batch, A micro batches per rank and step, n images. The sample at position p of step s is a function of
+(seed, s, p) alone: not of the number of ranks or workers, nor of where a run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from wsss_dist.data.batch import Batch, EvalSample
+from wsss_dist.data.config import DataConfig
+from wsss_dist.data.dataset import Dataset
+from wsss_dist.data.decode import DamagedImage
+from wsss_dist.data.transforms import augment, normalise, sample_generator
+from wsss_dist.errors import UserError
+
+# So many unreadable files in a row are no accident: a wrong folder, or a disk that is gone.
+MAX_IN_A_ROW = 50
+# Batches that each worker prepares ahead.
+PREFETCH = 4
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of the n images in `epoch`, int64 [n]."""
+    return np.random.default_rng(np.random.SeedSequence((seed, 0, epoch))).permutation(n)
+
+
+class TrainLoader:
+    """Iterates over the steps start_step .. start_step + num_steps - 1; see `build_train_loader`."""
+
+    def __init__(self, dataset: Dataset, cfg: DataConfig, seed: int, sampler: _ChunkSampler) -> None:
+        self._sampler = sampler
+        self._loader = DataLoader(
+            _TrainSamples(dataset, cfg, seed),
+            batch_sampler=sampler,
+            collate_fn=_unwrap,
+            **_workers(cfg.num_workers),
+        )
+
+    def __len__(self) -> int:
+        return self._sampler.num_steps
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        micro: list[Batch] = []
+        for item in self._loader:
+            micro.append(_raise_mistakes(item))
+            if len(micro) == self._sampler.chunks_per_step:
+                yield micro
+                micro = []
+
+
+def build_train_loader(
+    dataset: Dataset,
+    cfg: DataConfig,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    num_steps: int,
+) -> TrainLoader:
+    """Batches of this rank for `num_steps` steps from `start_step` on; one item a step.
+
+    An item is the list of the A = global_batch / (micro_batch * world_size) micro batches of the step. A global batch is
+    cut into chunks of micro_batch consecutive samples; chunk m * world_size + rank is micro batch m of that rank. Each
+    epoch is a permutation of the images keyed by (seed, epoch), cut into n // global_batch steps; the rest is dropped.
+    Starting at a later step costs nothing: no skipped sample is decoded.
+
+    Args:
+        dataset: the training split; its masks are never opened.
+        cfg: augmentation and num_workers.
+        seed: >= 0, key of the order and of the augmentation.
+        num_steps: how many steps to yield.
+    Raises:
+        UserError: fewer images than a global batch, or batch sizes that do not divide.
+    """
+    if min(global_batch, micro_batch, world_size) < 1 or global_batch % (micro_batch * world_size):
+        raise UserError(
+            f"train.global_batch is {global_batch}; expected a multiple of train.micro_batch x number of ranks = "
+            f"{micro_batch} x {world_size}: change one of the three"
+        )
+    if len(dataset) < global_batch:
+        raise UserError(
+            f"data: '{dataset.name}' has {len(dataset)} images, fewer than train.global_batch = {global_batch}; "
+            "lower train.global_batch, or add images"
+        )
+    assert 0 <= rank < world_size and start_step >= 0 and num_steps >= 0 and seed >= 0
+    sampler = _ChunkSampler(len(dataset), seed, global_batch, micro_batch, rank, world_size, start_step, num_steps)
+    return TrainLoader(dataset, cfg, seed, sampler)
+
+
+class _ChunkSampler:
+    """Yields, chunk by chunk, the (step, position, index) of the samples of one rank."""
+
+    def __init__(self, n, seed, global_batch, micro_batch, rank, world_size, start_step, num_steps) -> None:
+        self.n, self.seed = n, seed
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world_size = rank, world_size
+        self.start_step, self.num_steps = start_step, num_steps
+        self.chunks_per_step = global_batch // (micro_batch * world_size)
+
+    def __len__(self) -> int:
+        return self.num_steps * self.chunks_per_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        steps_per_epoch = self.n // self.global_batch
+        epoch, order = -1, None
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
+                order = epoch_order(self.n, self.seed, epoch)
+            first = step % steps_per_epoch * self.global_batch
+            for m in range(self.chunks_per_step):
+                begin = (m * self.world_size + self.rank) * self.micro_batch
+                yield [(step, p, int(order[first + p])) for p in range(begin, begin + self.micro_batch)]
+
+
+class _TrainSamples(torch.utils.data.Dataset):
+    """Makes a whole micro batch in one call, in the worker: decode, augment, normalise, stack."""
+
+    def __init__(self, dataset: Dataset, cfg: DataConfig, seed: int) -> None:
+        self.dataset, self.cfg, self.seed = dataset, cfg, seed
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[Batch | UserError]:
+        try:
+            return [self._batch(keys)]
+        except UserError as error:
+            # handed over as a value: raised here, it would reach the user wrapped in a worker's traceback
+            return [error]
+
+    def _batch(self, keys: list[tuple[int, int, int]]) -> Batch:
+        images, labels, boxes, ids, flipped, damaged = [], [], [], [], [], []
+        for step, position, index in keys:
+            index, picture = _read_or_next(self.dataset, index, damaged)
+            sample = augment(picture, self.cfg, sample_generator(self.seed, step, position))
+            images.append(sample.image)
+            boxes.append(sample.box)
+            flipped.append(sample.flipped)
+            labels.append(torch.from_numpy(self.dataset.labels(index)))
+            ids.append(self.dataset.id(index))
+        return Batch(
+            images=normalise(torch.stack(images)),
+            labels=torch.stack(labels),
+            boxes=torch.tensor(boxes, dtype=torch.int64),
+            ids=ids,
+            flipped=torch.tensor(flipped),
+            damaged=damaged,
+        )
+
+
+def _read_or_next(dataset: Dataset, index: int, damaged: list[tuple[str, str]]) -> tuple[int, np.ndarray]:
+    """The image at `index`, or the next readable one; what was skipped is appended to `damaged`."""
+    last = None
+    for k in range(min(len(dataset), MAX_IN_A_ROW)):
+        try:
+            return (index + k) % len(dataset), dataset.image((index + k) % len(dataset))
+        except DamagedImage as error:
+            last = error
+            damaged.append((error.path, error.reason))
+    raise UserError(
+        f"data: {min(len(dataset), MAX_IN_A_ROW)} images of '{dataset.name}' in a row cannot be read "
+        f"(last: {last}); check data.root and the disk, or prepare the data again"
+    )
+
+
+def build_eval_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_size: int) -> DataLoader:
+    """Images of an evaluation split with tags and masks, one `EvalSample` an item; `len()` counts those of this rank.
+
+    Image i of the split goes to rank i % world_size. With cfg.val_limit only that many evenly strided images count, and
+    the i-th of those goes to rank i % world_size. Iterating raises a UserError at an image that cannot be read: leaving
+    it out would change the score. A split without masks gives mask = None.
+    """
+    chosen = np.arange(len(dataset))
+    if cfg.val_limit is not None and cfg.val_limit < len(dataset):
+        chosen = np.arange(cfg.val_limit) * len(dataset) // cfg.val_limit
+    if dataset.has_masks:
+        dataset.open_masks()
+    return _EvalLoader(
+        _EvalSamples(dataset, chosen[rank::world_size]), batch_size=None, shuffle=False, **_workers(cfg.num_workers)
+    )
+
+
+class _EvalLoader(DataLoader):
+    def __iter__(self) -> Iterator[EvalSample]:
+        for item in super().__iter__():
+            yield _raise_mistakes(item)
+
+
+class _EvalSamples(torch.utils.data.Dataset):
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: int) -> EvalSample | UserError:
+        index = int(self.indices[k])
+        try:
+            return _eval_sample(self.dataset, index)
+        except UserError as error:
+            return error
+
+
+def _eval_sample(dataset: Dataset, index: int) -> EvalSample:
+    try:
+        image = dataset.image(index)
+    except DamagedImage as error:
+        raise UserError(
+            f"data: image {error} of the evaluation split '{dataset.name}' cannot be read; "
+            "replace the file, or take it out of the split: leaving it out silently would change the score"
+        ) from None
+    mask = None
+    if dataset.has_masks:
+        mask = dataset.mask(index)
+        if mask.shape != image.shape[:2]:
+            raise UserError(
+                f"data: the mask of {dataset.path(index)} is {mask.shape[0]} x {mask.shape[1]} (height x width), the "
+                f"image is {image.shape[0]} x {image.shape[1]}; expected the same size: make the mask again"
+            )
+    return EvalSample(
+        index=index,
+        id=dataset.id(index),
+        image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+        labels=torch.from_numpy(dataset.labels(index)),
+        mask=None if mask is None else torch.from_numpy(mask),
+    )
+
+
+def _workers(num_workers: int) -> dict:
+    settings: dict = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    if num_workers:
+        settings["prefetch_factor"] = PREFETCH
+    return settings
+
+
+def _unwrap(items: list) -> Batch | UserError:
+    return items[0]
+
+
+def _raise_mistakes(item):
+    if isinstance(item, UserError):
+        raise item
+    return item

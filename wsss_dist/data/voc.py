@@ -1,0 +1,116 @@
+"""Data sets in the Pascal VOC layout. `data.root` is the folder that holds JPEGImages, or VOCdevkit, or its parent.
+
+    JPEGImages/<name>.jpg
+    ImageSets/Segmentation/<split>.txt or ImageSets/Main/<split>.txt    train, train_aug, val, ...
+    Annotations/<name>.xml                                              tags: the classes of all objects
+    labels.csv                                                          header `image,labels`; read instead of the XML
+    SegmentationClass/<name>.png, SegmentationClassAug/<name>.png       masks, for evaluation
+
+Objects marked difficult count as tags, as in the label files that the literature uses. An image with an official mask
+is evaluated with that one, others with the mask of SegmentationClassAug (SBD), so `train` never mixes the two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
+from wsss_dist.data.folder import read_labels_csv
+from wsss_dist.errors import UserError
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+
+
+class VocDataset(Dataset):
+    """One split of a VOC folder."""
+
+    def __init__(self, root: Path, split: str, classes: list[str] | None) -> None:
+        self._base = _base(existing_root(root))
+        classes = list(VOC_CLASSES) if classes is None else classes
+        listed = _split_file(self._base, split)
+        names = [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()]
+        check_distinct(names, "images", listed)
+        files = [f"{name}.jpg" for name in names]
+        check_images(self._base / "JPEGImages", files, listed)
+        if (self._base / "labels.csv").is_file():
+            tags = _tags_from_csv(self._base / "labels.csv", names, classes)
+        else:
+            tags = _tags_from_xml(self._base / "Annotations", names, classes)
+        super().__init__(f"{self._base.name}/{split}", classes, self._base / "JPEGImages", files, tags)
+
+    @property
+    def has_masks(self) -> bool:
+        return any((self._base / name).is_dir() for name in ("SegmentationClass", "SegmentationClassAug"))
+
+    def mask(self, i: int) -> np.ndarray:
+        if not self.has_masks:
+            return super().mask(i)
+        name = f"{self.id(i)}.png"
+        official = self._base / "SegmentationClass" / name
+        augmented = self._base / "SegmentationClassAug" / name
+        path = augmented if augmented.is_file() and not official.is_file() else official
+        return checked_mask(path, len(self.class_names))
+
+
+def _base(root: Path) -> Path:
+    for base in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if (base / "JPEGImages").is_dir():
+            return base
+    raise UserError(
+        f"data.root is '{root}', which has no folder JPEGImages (nor VOC2012/JPEGImages, VOCdevkit/VOC2012/JPEGImages); "
+        "give the folder that the VOC archive was unpacked to"
+    )
+
+
+def _split_file(base: Path, split: str) -> Path:
+    for kind in ("Segmentation", "Main"):
+        path = base / "ImageSets" / kind / f"{split}.txt"
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in (base / "ImageSets" / "Segmentation").glob("*.txt"))
+    raise UserError(
+        f"data: split '{split}' has no list {base}/ImageSets/Segmentation/{split}.txt, nor one under Main; "
+        f"splits found: {', '.join(known) or 'none'}. Correct data.train_split or data.eval_splits"
+    )
+
+
+def _tags_from_csv(path: Path, names: list[str], classes: list[str]) -> np.ndarray:
+    listed, tags = read_labels_csv(path, classes)
+    row_of = {name.removesuffix(".jpg"): k for k, name in enumerate(listed)}
+    missing = [name for name in names if name not in row_of]
+    if missing:
+        raise UserError(
+            f"data: {path} has no row for {len(missing)} images of the split (first: {', '.join(missing[:3])}); "
+            "add them, with an empty cell where an image has no label"
+        )
+    return tags[[row_of[name] for name in names]]
+
+
+def _tags_from_xml(folder: Path, names: list[str], classes: list[str]) -> np.ndarray:
+    index = {name: c for c, name in enumerate(classes)}
+    tags = np.zeros((len(names), len(classes)), np.uint8)
+    for row, name in zip(tags, names):
+        path = folder / f"{name}.xml"
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+        except FileNotFoundError:
+            raise UserError(
+                f"data: {path} is missing, so the tags of {name} are unknown; restore it, or give a labels.csv"
+            ) from None
+        except ElementTree.ParseError as error:
+            raise UserError(f"data: {path} is not readable XML ({error}); unpack the archive again") from None
+        for thing in objects:
+            label = thing.findtext("name", "").strip()
+            if label not in index:
+                raise UserError(
+                    f"data: {path} has an object of the unknown class name '{label}'; expected one of "
+                    f"{', '.join(classes)}: list the names of your data in data.classes"
+                )
+            row[index[label]] = 1
+    return tags

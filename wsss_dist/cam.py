@@ -1,0 +1,136 @@
+"""Class activation maps: fusion over scales and mirror images, normalisation, and the ways to turn them into labels.
+
+Letters: B batch, C foreground classes, H W pixels, h w feature grid. Source: PCRE (CVPR 2025) on ToCo (CVPR 2023).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+
+IGNORE = 255
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of [B, C, h, w], half-pixel centres, no antialiasing also when shrinking."""
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Image size at a scale, rounded down."""
+    return int(size[0] * scale), int(size[1] * scale)
+
+
+def merge_mirror(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [2B, C, h, w] of a batch and its mirror images -> elementwise maximum [B, C, H, W]."""
+    maps = upsample(maps.float(), size)
+    plain, mirrored = maps.chunk(2)
+    return torch.maximum(plain, mirrored.flip(-1))
+
+
+def minmax(maps: Tensor) -> Tensor:
+    """Each plane of [B, C, H, W] to [0, 1]: subtract the minimum, divide by the maximum (plus 1e-5)."""
+    maps = maps - maps.amin((-2, -1), keepdim=True)
+    return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
+
+
+def box_mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, H, W] bool, True inside each box (y0, y1, x0, x1)."""
+    y = torch.arange(size[0], device=boxes.device)[None, :, None]
+    x = torch.arange(size[1], device=boxes.device)[None, None, :]
+    y0, y1, x0, x1 = (boxes[:, i, None, None] for i in range(4))
+    return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+
+
+def grid_boxes(boxes: Tensor, patch: int) -> Tensor:
+    """Boxes in pixels -> boxes in patches that hold only whole patches of real image."""
+    low, high = -(-boxes // patch), boxes // patch
+    return torch.stack([low[:, 0], high[:, 1], low[:, 2], high[:, 3]], dim=1)
+
+
+def training_labels(cams: Tensor, inside: Tensor, high: float, low: float) -> Tensor:
+    """Three-way labels [B, H, W] int64 of tag-masked maps [B, C, H, W] in [0, 1].
+
+    Above `high` the best class, at most `low` background, in between and where `inside` is False 255.
+    """
+    value, label = cams.max(1)
+    label = torch.where(value > high, label + 1, IGNORE)
+    label = torch.where(value <= low, 0, label)
+    return torch.where(inside, label, IGNORE)
+
+
+def threshold_labels(cams: Tensor, threshold: float) -> Tensor:
+    """Labels [B, H, W] int64 for evaluation: the best class above `threshold`, background elsewhere."""
+    value, label = cams.max(1)
+    return torch.where(value > threshold, label + 1, 0)
+
+
+def refine_labels(
+    cams: list[Tensor],
+    thresholds: list[tuple[float, float]],
+    labels: Tensor,
+    images: Tensor,
+    inside: Tensor,
+    *,
+    downscale: int = 2,
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24),
+    iterations: int = 10,
+) -> list[Tensor]:
+    """Pixel-adaptive refinement of several CAMs of the same images into labels (PCRE section 2.5).
+
+    The affinities depend on the image alone, so all maps of an image share one call.
+
+    Args:
+        cams: maps [B, C, H, W] in [0, 1], multiplied with the tags.
+        thresholds: (high, low) background level for each of `cams`.
+        labels: [B, C] tags.
+        images: [B, 3, H, W] RGB in [0, 1].
+        inside: [B, H, W] bool, real image.
+        downscale: the refinement runs at 1/downscale of the size.
+    Returns:
+        One label map [B, H, W] int64 for each of `cams`: 0 background, 1..C, 255 undecided or outside.
+    """
+    size = images.shape[-2:]
+    small = (size[0] // downscale, size[1] // downscale)
+    images = upsample(images, small)
+    shrunk = [upsample(c, small) for c in cams]
+    out = [torch.empty(len(images), *size, dtype=torch.int64, device=images.device) for _ in cams]
+    for b in range(len(images)):
+        keys = labels[b].nonzero().flatten()
+        stacks = [
+            torch.cat([torch.full_like(maps[b, :1], level), maps[b, keys]]).softmax(0)
+            for maps, levels in zip(shrunk, thresholds, strict=True)
+            for level in levels
+        ]
+        refined = kernels.par(images[b : b + 1], torch.cat(stacks)[None], dilations=dilations, iterations=iterations)
+        refined = upsample(refined, size).unflatten(1, (len(cams), 2, len(keys) + 1))[0]
+        names = torch.cat([keys.new_zeros(1), keys + 1])
+        for i, best in enumerate(refined.argmax(2)):
+            high, low = names[best]
+            out[i][b] = torch.where(high != 0, high, torch.where(low == 0, 0, IGNORE))
+    return [torch.where(inside, o, IGNORE) for o in out]
+
+
+def radius_at(progress: float, start: float, end: float, begin: float, finish: float) -> float:
+    """Radius of the disc in patches: clamped cosine from `start` to `end` while progress goes begin -> finish (Eq. 5).
+
+    progress, begin and finish are fractions of the run.
+    """
+    u = min(max((progress - begin) / (finish - begin), 0.0), 1.0)
+    return start + (end - start) * (1 - math.cos(math.pi * u)) / 2
+
+
+def fuse_logits(per_scale: list[Tensor], scales: list[float], rule: str) -> Tensor:
+    """Merge segmentation logits [B, K, H, W] of several scales, each the sum of plain and mirrored.
+
+    rule "voc": max(Z at scale 1, mean over scales); "coco": max over scales (PCRE section 9).
+    """
+    stack = torch.stack(per_scale)
+    if rule == "coco":
+        return stack.amax(0)
+    return torch.maximum(stack[scales.index(1.0)], stack.mean(0))

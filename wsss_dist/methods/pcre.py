@@ -1,0 +1,393 @@
+"""PCRE: progressive confidence region expansion, single-stage WSSS with a plain ViT (CVPR 2025, pp. 9829-9838).
+
+Without CRME and CPE (`crme: null, cpe: null`) this is the ToCo base: auxiliary head, patch-token contrast, refined
+pseudo labels, segmentation head and dense energy.
+
+Letters: B batch, C foreground classes, K = C + 1, H W pixels, h w patch grid, N = h*w, D width, P pairs of an image and
+one of its tags, M steps of the run, t step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import kernels
+from wsss_dist import cam as cams
+from wsss_dist import dist
+from wsss_dist.data.batch import Batch
+from wsss_dist.losses import balanced_segmentation_loss, mask_bce, tag_loss
+from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.models.decoders import ParallelDilatedHead, QueryDecoder, QueryDecoderConfig
+from wsss_dist.models.prototypes import PrototypeMemory
+from wsss_dist.models.vit import BackboneConfig, Features, ViT
+from wsss_dist.schema import StrictModel
+
+
+class CamConfig(StrictModel):
+    """CAMs of the pseudo labels (sections 2.2 to 2.4 of the paper's supplementary settings)."""
+
+    scales: list[float] = [1.0, 0.5, 0.75, 1.5]  # each with its mirror image
+    high: float = Field(0.7, ge=0, le=1)  # above: the class
+    low: float = Field(0.25, ge=0, le=1)  # at most: background; between: ignored
+    proto_high: float = Field(0.7, ge=0, le=1)
+    proto_low: float = Field(0.25, ge=0, le=1)
+    mix: float = Field(0.3, ge=0, le=1)  # share of the CRME mask in the fused map
+    mix_from: float = Field(0.4, ge=0, le=1)  # from this fraction of the run on
+
+
+class ParConfig(StrictModel):
+    """Pixel-adaptive refinement of the pseudo labels."""
+
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    iterations: int = Field(10, ge=0)
+    downscale: int = Field(2, ge=1)
+
+
+class RadiusConfig(StrictModel):
+    """Radius of the disc around each query, in patches (Eq. 5); begin and finish are fractions of the run."""
+
+    start: float = Field(1.0, ge=0)
+    end: float = Field(5.0, ge=0)
+    begin: float = Field(0.1, ge=0, le=1)
+    finish: float = Field(0.4, ge=0, le=1)
+    after: Literal["hold", "off"] = "hold"  # keep the disc afterwards, or drop it
+
+
+class CrmeConfig(QueryDecoderConfig):
+    """Confidence region mask expansion."""
+
+    tau: float = Field(0.7, gt=0, lt=1)  # tau_bin of Eq. 7
+    overlap: tuple[float, float] = (0.3, 0.5)  # share of the seed's region that lets a candidate join, inclusive
+    max_seeds: int = Field(5, ge=1)  # T
+    top: int = Field(300, ge=1)  # candidates kept per pair, the most confident first
+    radius: RadiusConfig = RadiusConfig()
+    ignore_as_negative: bool = True  # undecided target pixels count as "not this class" in L_refine
+
+
+class CpeConfig(StrictModel):
+    """Class-prototype enhancement."""
+
+    momentum: float = Field(0.99, ge=0, lt=1)  # lambda_p of Eq. 12
+    start: float = Field(0.1, ge=0, le=1)  # fraction of the run from which the prototypes move
+    normalize_token: bool = False
+
+
+class LossConfig(StrictModel):
+    """Weights of the loss terms; 0 switches a term and its work off."""
+
+    aux: float = Field(1.0, ge=0)
+    ptc: float = Field(0.3, ge=0)
+    conf: float = Field(1.0, ge=0)  # lambda_1
+    refine: float = Field(2.0, ge=0)  # lambda_2
+    cpe: float = Field(0.02, ge=0)  # lambda_3
+    seg: float = Field(0.12, ge=0)
+    reg: float = Field(0.05, ge=0)
+    gate_from: float = Field(0.1, ge=0, le=1)  # refine, seg and reg count after this fraction of the run
+    energy_sigma_rgb: float = Field(15.0, gt=0)
+    energy_sigma_xy: float = Field(100.0, gt=0)
+    energy_scale_factor: float = Field(0.5, gt=0, le=1)
+    energy_scale: Literal["lattice", "true"] = "lattice"
+
+
+class Config(StrictModel):
+    """PCRE with the settings that the paper's tables and the released scripts agree on (VOC column)."""
+
+    name: Literal["pcre"] = "pcre"
+    backbone: BackboneConfig = BackboneConfig()
+    seg_dilations: list[int] = [6, 12, 18, 24]
+    cam: CamConfig = CamConfig()
+    par: ParConfig = ParConfig()
+    crme: CrmeConfig | None = CrmeConfig()
+    cpe: CpeConfig | None = CpeConfig()
+    loss: LossConfig = LossConfig()
+    head_lr_mult: float = Field(10.0, gt=0)  # classifiers and segmentation head
+    crme_lr_mult: float = Field(1.0, gt=0)
+
+    def check_run(self, run: object) -> None:
+        """What must hold between the method and the rest of the run."""
+        self.backbone.check_views(run.data)
+
+
+@dataclass
+class Stage:
+    """Maps of the gradient-free pass over scales and mirror images, each min-max normalised plane by plane.
+
+    main, aux, proto [B, C, H, W]; masks [P, H, W] CRME masks of `pairs` [P, 2]; logits: per scale [B, K, H, W].
+    """
+
+    main: Tensor
+    aux: Tensor | None
+    proto: Tensor | None
+    masks: Tensor | None
+    pairs: Tensor | None
+    logits: list[Tensor]
+
+
+class Method(BaseMethod):
+    """The network and its training step."""
+
+    def __init__(self, cfg: Config, num_classes: int, train_steps: int):
+        super().__init__()
+        self.cfg, self.num_classes, self.train_steps = cfg, num_classes, train_steps
+        self.backbone = ViT(cfg.backbone, num_classes if cfg.cpe else 0)
+        dim, patch = self.backbone.dim, self.backbone.patch_size
+        self.patch_size = patch
+        self.classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
+        self.aux_classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
+        self.decoder = ParallelDilatedHead(dim, num_classes + 1, cfg.seg_dilations)
+        self.crme = QueryDecoder(cfg.crme, dim, patch, num_classes) if cfg.crme else None
+        self.memory = PrototypeMemory(num_classes, dim) if cfg.cpe else None
+        self._pending: list[tuple[Tensor, Tensor]] = []  # class tokens and tags of this step's micro batches
+
+    @property
+    def weights_note(self) -> str | None:
+        """What the backbone's weights file says of its origin."""
+        return self.backbone.weights_note
+
+    def param_groups(self) -> list[dict]:
+        """Backbone (x1, norms apart), heads (x head_lr_mult), CRME branch (x crme_lr_mult)."""
+        norms = {id(p) for m in self.backbone.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+        backbone = list(self.backbone.parameters())
+        heads = [self.classifier, self.aux_classifier, self.decoder]
+        groups = [
+            ("backbone", [p for p in backbone if id(p) not in norms], 1.0),
+            ("backbone_norm", [p for p in backbone if id(p) in norms], 1.0),
+            ("heads", [p for m in heads for p in m.parameters()], self.cfg.head_lr_mult),
+            ("crme", list(self.crme.parameters()) if self.crme else [], self.cfg.crme_lr_mult),
+        ]
+        kept = [{"name": n, "params": [p for p in ps if p.requires_grad], "lr_mult": m} for n, ps, m in groups]
+        return [g for g in kept if g["params"]]
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of one micro batch (section "one iteration" of the paper's method): `loss` and its parts."""
+        w, progress = self.cfg.loss, step / self.train_steps
+        gated = progress > w.gate_from
+        stage = self._stage(batch.images, batch.labels, self.cfg.cam.scales, (), progress)
+        y_grid = self._grid_labels(stage.aux, batch)
+        y_seg = y_pro = None
+        if gated:
+            y_seg, y_pro = self._pseudo_labels(stage, batch)
+
+        features = self.backbone(batch.images)
+        fmap = features.as_map(features.patches)
+        parts = {"cls": tag_loss(self._pooled(self.classifier, fmap), batch.labels)}
+        parts["aux"] = w.aux * tag_loss(self._pooled(self.aux_classifier, features.as_map(features.aux)), batch.labels)
+        if w.ptc:
+            parts["ptc"] = w.ptc * kernels.patch_token_contrast(features.patches, y_grid.flatten(1))
+        if self.memory is not None:
+            parts["cpe"] = w.cpe * kernels.class_patch_contrast(
+                features.class_tokens, features.patches.detach(), y_grid.flatten(1), batch.labels
+            )
+            if progress >= self.cfg.cpe.start:
+                self._pending.append((features.class_tokens.detach().float(), batch.labels))
+        extra = {}
+        if self.crme is not None:
+            parts |= self._crme_losses(batch, features, y_pro, progress, extra)
+        if gated and (w.seg or w.reg):
+            parts |= self._segmentation_losses(batch, fmap, y_seg)
+        loss = sum(parts.values())
+        return {"loss": loss} | {f"loss_{k}": v.detach() for k, v in parts.items()} | extra
+
+    def after_step(self, step: int) -> None:
+        """Move the prototypes with the class tokens of the whole global batch, in its order (Eq. 12)."""
+        if not self._pending:
+            return
+        tokens, labels = (dist.all_gather(torch.stack(x)) for x in zip(*self._pending, strict=True))
+        self._pending.clear()
+        # [ranks, micro batches, B, ...] -> the global batch is dealt out chunk by chunk: micro batch major, then rank
+        tokens, labels = (x.transpose(0, 1).flatten(0, 2) for x in (tokens, labels))
+        self.memory.update(tokens, labels, self.cfg.cpe.momentum, self.cfg.cpe.normalize_token)
+
+    def radius(self, progress: float) -> float | None:
+        """Radius of the disc at a fraction of the run; None where there is no disc."""
+        r = self.cfg.crme.radius
+        if r.after == "off" and progress > r.finish:
+            return None
+        return cams.radius_at(progress, r.start, r.end, r.begin, r.finish)
+
+    def _crme_losses(
+        self, batch: Batch, features: Features, y_pro: Tensor | None, progress: float, extra: dict
+    ) -> dict[str, Tensor]:
+        """L_conf always; L_refine once there are pseudo labels. The selection of regions carries no gradient."""
+        w = self.cfg.loss
+        mask_logits, scores = self.crme(batch.images, features.patches, features.grid)
+        confidence = scores.sum(1).clamp(0, 1)  # [B, C]
+        parts = {"conf": w.conf * nn.functional.binary_cross_entropy(confidence, batch.labels)}
+        if y_pro is None:
+            # keeps the mask head in the graph: every step then has the same parameters in it
+            return parts | {"refine": mask_logits.float().sum() * 0.0}
+        radius = self.radius(progress)
+        chosen = self._select(mask_logits, scores, batch.labels, features.grid, radius)
+        size = batch.images.shape[-2:]
+        masks = kernels.max_upsampled_masks(mask_logits, chosen, grid=features.grid, size=size, radius=radius)
+        image, label = chosen.pairs.unbind(1)
+        target = y_pro[image]  # [P, H, W]
+        bce = mask_bce(masks, (target == label[:, None, None] + 1).float())
+        if not self.cfg.crme.ignore_as_negative:
+            bce = bce * (target != cams.IGNORE)
+        inside = (masks > 0).float()
+        extra["refine_inside"] = (bce.detach() * inside).sum() / inside.sum().clamp(min=1)
+        extra["radius"] = mask_logits.new_tensor(-1.0 if radius is None else radius)
+        pairs = max(len(masks), 1)
+        parts["refine"] = w.refine * bce.flatten(1).mean(1).sum() / pairs + mask_logits.float().sum() * 0.0
+        return parts
+
+    def _segmentation_losses(self, batch: Batch, fmap: Tensor, y_seg: Tensor) -> dict[str, Tensor]:
+        w, size = self.cfg.loss, batch.images.shape[-2:]
+        logits = cams.upsample(self.decoder(fmap).float(), size)
+        parts = {"seg": w.seg * balanced_segmentation_loss(logits, y_seg)}
+        if w.reg:
+            parts["reg"] = w.reg * kernels.dense_energy(
+                logits.softmax(1),
+                batch.rgb() * 255,
+                cams.box_mask(batch.boxes, size).float(),
+                y_seg,
+                sigma_rgb=w.energy_sigma_rgb,
+                sigma_xy=w.energy_sigma_xy,
+                scale_factor=w.energy_scale_factor,
+                scale=w.energy_scale,
+            )
+        return parts
+
+    # ---- pseudo labels --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _stage(
+        self, images: Tensor, labels: Tensor, cam_scales: list[float], seg_scales: list[float], progress: float
+    ) -> Stage:
+        """Run every scale with its mirror image; see `Stage`."""
+        size = images.shape[-2:]
+        want_masks = self.crme is not None and progress >= self.cfg.cam.mix_from
+        sums: dict[str, Tensor] = {}
+        logits, pairs = {}, None
+        for scale in sorted({*cam_scales, *seg_scales}):
+            x = cams.upsample(images, cams.scaled_size(size, scale))
+            x = torch.cat([x, x.flip(-1)])
+            features = self.backbone(x)
+            fmap = features.as_map(features.patches)
+            maps = {}
+            if scale in seg_scales:
+                up = cams.upsample(self.decoder(fmap).float(), size)
+                logits[scale] = up[: len(images)] + up[len(images) :].flip(-1)
+            if scale not in cam_scales:
+                continue
+            maps["main"] = self.classifier(fmap)
+            maps["aux"] = self.aux_classifier(features.as_map(features.aux))
+            if self.memory is not None:
+                maps["proto"] = features.as_map(self.memory.similarity(features.patches).to(fmap))
+            maps = {k: cams.merge_mirror(v, size).relu() for k, v in maps.items()}
+            if want_masks:
+                maps["masks"], pairs = self._crme_masks(x, features, labels, size)
+            sums = {k: sums[k] + v if k in sums else v for k, v in maps.items()}
+        maps = {k: cams.minmax(v) for k, v in sums.items()}
+        return Stage(
+            main=maps.get("main"),
+            aux=maps.get("aux"),
+            proto=maps.get("proto"),
+            masks=maps.get("masks"),
+            pairs=pairs,
+            logits=[logits[s] for s in seg_scales],
+        )
+
+    def _crme_masks(self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """CRME masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc, and their pairs [P, 2]."""
+        mask_logits, scores = self.crme(x, features.patches, features.grid)
+        chosen = self._select(mask_logits, scores, labels.repeat(2, 1), features.grid, None)
+        masks = kernels.max_upsampled_masks(mask_logits, chosen, grid=features.grid, size=tuple(x.shape[-2:]))
+        half = len(chosen.pairs) // 2
+        plain, mirrored = masks[:half], masks[half:].flip(-1)
+        return cams.upsample(torch.maximum(plain, mirrored)[:, None], size)[:, 0], chosen.pairs[:half]
+
+    def _select(
+        self, mask_logits: Tensor, scores: Tensor, labels: Tensor, grid: tuple[int, int], radius: float | None
+    ) -> kernels.RegionSelection:
+        c = self.cfg.crme
+        return kernels.select_regions(
+            mask_logits.detach(),
+            scores.detach(),
+            labels,
+            grid=grid,
+            radius=radius,
+            tau=c.tau,
+            overlap=c.overlap,
+            max_seeds=c.max_seeds,
+            top=c.top,
+        )
+
+    def _fused(self, stage: Stage, labels: Tensor) -> Tensor:
+        """Tag-masked main CAM [B, C, H, W], mixed with the CRME masks where there are any."""
+        fused = stage.main * labels[..., None, None]
+        if stage.masks is None:
+            return fused
+        fused, mix = fused.clone(), self.cfg.cam.mix
+        for (b, c), mask in zip(stage.pairs.tolist(), stage.masks, strict=True):
+            if mask.sum() > 1e-5:
+                fused[b, c] = mix * mask + (1 - mix) * fused[b, c]
+        return fused
+
+    @torch.no_grad()
+    def _pseudo_labels(self, stage: Stage, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Refined label maps [B, H, W]: of the fused main CAM, and of the prototype CAM (the target of L_refine).
+
+        Without CPE there are no prototypes, and the main one serves both.
+        """
+        cam, par = self.cfg.cam, self.cfg.par
+        maps, thresholds = [self._fused(stage, batch.labels)], [(cam.high, cam.low)]
+        if stage.proto is not None:
+            maps.append(stage.proto * batch.labels[..., None, None])
+            thresholds.append((cam.proto_high, cam.proto_low))
+        refined = cams.refine_labels(
+            maps,
+            thresholds,
+            batch.labels,
+            batch.rgb(),
+            cams.box_mask(batch.boxes, batch.images.shape[-2:]),
+            downscale=par.downscale,
+            dilations=par.dilations,
+            iterations=par.iterations,
+        )
+        return refined[0], refined[-1]
+
+    @torch.no_grad()
+    def _grid_labels(self, aux: Tensor, batch: Batch) -> Tensor:
+        """Labels [B, h, w] of the patches for PTC and CPE, from the auxiliary CAM (never mixed with CRME)."""
+        grid = self.backbone.grid_of(batch.images.shape[-2:])
+        inside = cams.box_mask(cams.grid_boxes(batch.boxes, self.patch_size), grid)
+        maps = cams.upsample(aux, grid) * batch.labels[..., None, None]
+        return cams.training_labels(maps, inside, self.cfg.cam.high, self.cfg.cam.low)
+
+    @staticmethod
+    def _pooled(classifier: nn.Conv2d, fmap: Tensor) -> Tensor:
+        """Tag logits [B, C]: global maximum over the grid, then the linear classifier."""
+        return classifier(fmap.amax((2, 3), keepdim=True)).flatten(1)
+
+    # ---- inference ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self,
+        batch: Batch,
+        *,
+        cam_scales: list[float],
+        seg_scales: list[float],
+        fuse: str,
+        step: int | None = None,
+    ) -> Prediction:
+        progress = 1.0 if step is None else step / self.train_steps
+        stage = self._stage(batch.images, batch.labels, cam_scales, seg_scales, progress)
+        extras = {"pseudo": self._pseudo_labels(stage, batch)[0]}
+        if stage.masks is not None:
+            extras["crme"] = torch.zeros_like(stage.main)
+            extras["crme"][stage.pairs[:, 0], stage.pairs[:, 1]] = stage.masks
+        return Prediction(
+            cam=self._fused(stage, batch.labels),
+            logits=cams.fuse_logits(stage.logits, list(seg_scales), fuse),
+            extras=extras,
+        )

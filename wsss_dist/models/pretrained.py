@@ -1,0 +1,100 @@
+"""Pretrained weights into timm models: from the timm hub by name, from a local file, or none at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from wsss_dist.errors import UserError
+
+
+def create_backbone(name: str, weights: str | None, **kwargs) -> nn.Module:
+    """A timm model without its classification head.
+
+    Args:
+        name: timm model name, with or without a pretrained tag.
+        weights: "timm" (the tag's published weights, fetched and cached by timm), a `.safetensors`, `.pth`, `.pt` or
+            `.bin` file with a state dict in timm's layout, or None for random initialisation.
+        kwargs: passed to `timm.create_model`.
+    Raises:
+        UserError: unknown name, missing or unreadable file, or a state dict that does not fit.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        raise UserError(f"config: backbone name {name!r} is not a timm model; names that begin alike: {', '.join(near)}")
+    try:
+        model = timm.create_model(name, pretrained=weights == "timm", num_classes=0, **kwargs)
+    except (RuntimeError, OSError) as error:
+        if weights != "timm":
+            raise
+        raise UserError(
+            f"backbone {name!r}: its published weights could not be fetched ({error}); "
+            "give a local file as backbone.weights, or null for random weights"
+        ) from None
+    if weights not in (None, "timm"):
+        _load_file_into(model, Path(weights), name)
+    return model
+
+
+def weights_note(weights: str | None) -> str | None:
+    """The `note` that a weights file carries in its safetensors metadata, such as how it was pretrained."""
+    if weights in (None, "timm") or Path(weights).suffix != ".safetensors":
+        return None
+    with safe_open(weights, "pt") as file:
+        return (file.metadata() or {}).get("note")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, read without running any code in it.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"weights file {path} does not exist; `python launch/prepare_data.py weights` makes those of the quickstart"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"weights file {path} cannot be read: {error}") from None
+    except Exception as error:  # an unpickling error means something else than tensors is inside
+        raise UserError(f"weights file {path} holds more than tensors and is refused: {error}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"weights file {path} holds no state dict of tensors")
+    return state
+
+
+def _load_file_into(model: nn.Module, path: Path, name: str) -> None:
+    state = {k.removeprefix("module."): v for k, v in read_state_dict(path).items()}
+    wanted = model.state_dict()
+    head = ("head.", "fc.", "classifier.", "head_dist.")
+    state = {k: v for k, v in state.items() if k in wanted or not k.startswith(head)}
+    if "pos_embed" in state and "pos_embed" in wanted and state["pos_embed"].shape != wanted["pos_embed"].shape:
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"],
+            new_size=list(model.patch_embed.grid_size),
+            num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
+        )
+    missing = sorted(set(wanted) - set(state))
+    unknown = sorted(set(state) - set(wanted))
+    shapes = sorted(k for k in set(state) & set(wanted) if state[k].shape != wanted[k].shape)
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"weights file {path} does not fit backbone {name!r}: {'; '.join(problems)}")
+    model.load_state_dict(state)

@@ -1,0 +1,216 @@
+"""A plain timm ViT as a weakly supervised segmenter sees it: class tokens that only read, patches that never see them.
+
+Letters: B batch, C class tokens, R register tokens, N = h*w patches, T = C + R + N, D width, k frozen blocks.
+Source: PCRE (CVPR 2025), architecture of the backbone; the value-only last block is that of dense CLIP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from wsss_dist.errors import UserError
+from wsss_dist.models.pretrained import create_backbone, weights_note
+from wsss_dist.models.token_cache import TokenCache
+from wsss_dist.schema import StrictModel
+
+
+class BackboneConfig(StrictModel):
+    """A ViT backbone."""
+
+    name: str = "vit_base_patch16_224.orig_in21k_ft_in1k"  # timm model
+    weights: str | None = "timm"  # "timm" hub, a file, or null for random weights
+    aux_block: int | None = None  # 1-based block of the auxiliary features; null: depth - 2 (10 of 12)
+    last_block: Literal["value_only", "attention"] = "value_only"
+    frozen_blocks: int = Field(0, ge=0)  # first blocks (and the embedding) that keep their pretrained weights
+    token_cache: Path | None = None  # folder that keeps the frozen blocks' tokens of each image it meets
+    pos_antialias: bool = False  # antialias when the position table shrinks
+
+    def check_views(self, data: object) -> None:
+        """Refuse a token cache where no view of an image ever comes again.
+
+        Raises:
+            UserError: `data` (the run's data section) has random crops or colours.
+        """
+        if self.token_cache and (data.augment != "squash" or data.photometric):
+            raise UserError(
+                "config: 'method.backbone.token_cache' keeps tokens of views that come again, but 'data.augment' is "
+                f"{data.augment!r} and 'data.photometric' is {data.photometric}; set augment: squash and photometric: "
+                "false, or remove the cache"
+            )
+
+
+@dataclass
+class Features:
+    """Outputs of the backbone.
+
+    class_tokens [B, C, D] and patches [B, N, D] after the final LayerNorm; aux [B, N, D], patches after the auxiliary
+    block, without LayerNorm; grid (h, w), patches are row-major.
+    """
+
+    class_tokens: Tensor
+    patches: Tensor
+    aux: Tensor
+    grid: tuple[int, int]
+
+    def as_map(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, D, h, w]."""
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+class ViT(nn.Module):
+    """Any timm plain ViT (class token, absolute positions) with `num_class_tokens` class tokens.
+
+    Class tokens start as copies of the pretrained [CLS] and separate only through their gradients. In every block all
+    tokens read the patches (and registers, where the model has them) and nothing else, so patches are those of a ViT
+    without [CLS]. With `frozen_blocks` = k > 0 one [CLS] runs through the frozen blocks and the class tokens, each with
+    a learnt offset that starts at zero, branch off behind them.
+    """
+
+    def __init__(self, cfg: BackboneConfig, num_class_tokens: int):
+        super().__init__()
+        model = create_backbone(cfg.name, cfg.weights, dynamic_img_size=True)
+        _check_plain_vit(model, cfg)
+        self.cfg = cfg
+        self.depth = len(model.blocks)
+        self.dim = model.embed_dim
+        self.patch_size = model.patch_embed.patch_size[0]
+        self.aux_block = cfg.aux_block or self.depth - 2
+        if not cfg.frozen_blocks <= self.aux_block < self.depth:
+            raise UserError(
+                f"config: 'backbone.aux_block' is {self.aux_block}, but must lie between frozen_blocks "
+                f"({cfg.frozen_blocks}) and {self.depth - 1} for {cfg.name!r} with {self.depth} blocks"
+            )
+        self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
+        self.norm_pre = model.norm_pre
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        pos = model.pos_embed.detach()
+        cls_pos = pos[:, :1].clone() if prefix else torch.zeros_like(model.cls_token)
+        self.cls_token = nn.Parameter(model.cls_token.detach() + cls_pos)  # [1, 1, D], the reader in frozen blocks
+        self.patch_pos = nn.Parameter(pos[:, prefix:].clone())
+        self.pos_grid = tuple(model.patch_embed.grid_size)
+        reg = model.reg_token
+        self.registers = None if reg is None else nn.Parameter(reg.detach() + (pos[:, 1:prefix] if prefix else 0))
+        start = torch.cat([model.cls_token.detach(), cls_pos])  # [2, 1, D]
+        if cfg.frozen_blocks:
+            start = torch.zeros_like(start)
+        self.num_class_tokens = num_class_tokens
+        for name, value in zip(("class_tokens", "class_pos"), start, strict=True):  # [C, D] each
+            self.register_parameter(name, nn.Parameter(value.repeat(num_class_tokens, 1)) if num_class_tokens else None)
+        self._freeze()
+        self.cache = TokenCache(cfg.token_cache, self._frozen_state()) if cfg.token_cache else None
+
+    @property
+    def weights_note(self) -> str | None:
+        """What the weights file says of its origin."""
+        return weights_note(self.cfg.weights)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Patch grid of an image size in pixels; a rest smaller than a patch is cut off."""
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of `images [B, 3, H, W]`, normalised, of any size of at least one patch."""
+        grid = self.grid_of(images.shape[-2:])
+        c = self.num_class_tokens
+        r = 0 if self.registers is None else self.registers.shape[1]
+        if self.cfg.frozen_blocks:
+            tokens = self._frozen_tokens(images, grid)
+            cls, x = tokens[:, :1], tokens[:, 1:]
+        else:
+            cls, x = 0, self._embed(images, grid)
+        if c:
+            own = (self.class_tokens + self.class_pos).expand(len(images), -1, -1)
+            x = torch.cat([cls + own, x], dim=1)
+        aux = x
+        for i in range(self.cfg.frozen_blocks, self.depth):
+            value_only = i == self.depth - 1 and self.cfg.last_block == "value_only"
+            x = _block(self.blocks[i], x, c, value_only)
+            if i + 1 == self.aux_block:
+                aux = x
+        x = self.norm(x)
+        return Features(x[:, :c], x[:, c + r :], aux[:, c + r :], grid)
+
+    def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Registers and patches with positions, [B, R + N, D]."""
+        h, w = grid
+        x = self.patch_embed(images[..., : h * self.patch_size, : w * self.patch_size]).flatten(1, 2)
+        x = x + resize_positions(self.patch_pos, self.pos_grid, grid, self.cfg.pos_antialias)
+        if self.registers is not None:
+            x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
+        return self.norm_pre(x)
+
+    def _frozen_tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[CLS], registers and patches behind the frozen blocks, [B, 1 + R + N, D], without gradient."""
+        if self.cache is None:
+            return self._run_frozen(images, grid)
+        # one image at a time: what is stored then does not depend on which images shared a batch
+        rows = [self.cache.get(x, lambda x=x: self._run_frozen(x[None], grid)[0]) for x in images]
+        return torch.stack(rows).to(images)
+
+    @torch.no_grad()
+    def _run_frozen(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self._embed(images, grid)], dim=1)
+        for block in self.blocks[: self.cfg.frozen_blocks]:
+            x = _block(block, x, 1, value_only=False)
+        return x
+
+    def _freeze(self) -> None:
+        k = self.cfg.frozen_blocks
+        frozen = [self.patch_embed, self.norm_pre, *self.blocks[:k]] if k else []
+        for module in frozen:
+            module.requires_grad_(False)
+        if k:
+            for param in (self.patch_pos, self.registers):
+                if param is not None:
+                    param.requires_grad_(False)
+        self.cls_token.requires_grad_(False)
+
+    def _frozen_state(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.named_parameters() if not p.requires_grad}
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = False) -> Tensor:
+    """Bicubic resize (half-pixel centres) of a position table [1, h*w, D] to another grid."""
+    if tuple(old) == tuple(new):
+        return table
+    maps = table.transpose(1, 2).unflatten(2, old)
+    maps = F.interpolate(maps.float(), size=new, mode="bicubic", align_corners=False, antialias=antialias)
+    return maps.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def _block(block: nn.Module, x: Tensor, readers: int, value_only: bool) -> Tensor:
+    """One transformer block on x [B, T, D]; the first `readers` tokens read but are never read."""
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if value_only:
+        out = v
+    else:
+        out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k)[:, :, readers:], v[:, :, readers:])
+    x = x + block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def _check_plain_vit(model: nn.Module, cfg: BackboneConfig) -> None:
+    parts = ("patch_embed", "blocks", "norm", "norm_pre", "cls_token", "pos_embed")
+    plain = all(getattr(model, part, None) is not None for part in parts)
+    plain = plain and all(hasattr(b, "norm1") and hasattr(getattr(b, "attn", None), "qkv") for b in model.blocks)
+    plain = plain and all(getattr(b.attn, "gate", None) is None for b in model.blocks)
+    if not plain:
+        raise UserError(
+            f"config: backbone {cfg.name!r} is not a plain ViT with a class token and an absolute position table "
+            "(timm names: vit_*, deit_*); choose one of these"
+        )
+    if cfg.frozen_blocks >= len(model.blocks):
+        raise UserError(
+            f"config: 'backbone.frozen_blocks' is {cfg.frozen_blocks}, but {cfg.name!r} has {len(model.blocks)} blocks "
+            "and at least one must be trained"
+        )
+    if cfg.token_cache and not cfg.frozen_blocks:
+        raise UserError("config: 'backbone.token_cache' needs 'backbone.frozen_blocks' > 0: it stores what these put out")

@@ -3,3 +3,15 @@
 
 class UserError(ValueError):
     """A mistake in the input: its message names the key or file, what was found, what was expected, and the fix."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, through no mistake in the input; the launch scripts print it as one line."""
+
+    exit_code = 1
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written (disk full, quota, no permission); the previous one is intact."""
+
+    exit_code = 74

@@ -1,0 +1,181 @@
+"""Ranks and collectives. The only file that imports torch.distributed.
+
+Every helper also works in a single process without a process group: reductions return their input, gathers a stack of one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+from wsss_dist.errors import CheckpointError, TrainingError, UserError
+
+T = TypeVar("T")
+
+
+def init(
+    timeout_s: int = 1800,
+    *,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    single_group: bool = False,
+) -> None:
+    """Join the process group: nccl where a GPU is, gloo otherwise; does nothing when the group exists already.
+
+    Ranks come from the arguments, else from RANK, WORLD_SIZE and LOCAL_RANK as torchrun and deepspeed set them, else there
+    is one process. LOCAL_RANK picks the GPU.
+
+    Args:
+        timeout_s: seconds after which a collective that a rank does not answer fails.
+        init_method: where the ranks meet ("file:///path", "tcp://host:port"); None: the environment.
+        rank, world_size: this process and the number of them; None: the environment.
+        single_group: also make a (one-member) group when there is a single process; DeepSpeed needs one.
+    Raises:
+        UserError: RANK without WORLD_SIZE, or more local ranks than GPUs.
+    """
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"launch: local rank {local} has no GPU, this machine shows {torch.cuda.device_count()}; start fewer ranks"
+            )
+        torch.cuda.set_device(local)
+    if td.is_initialized():
+        set_timeouts(timeout_s)
+        return
+    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
+    if rank is None and "RANK" in os.environ:
+        if "WORLD_SIZE" not in os.environ:
+            raise UserError("launch: RANK is set but WORLD_SIZE is not; unset RANK, or start with torchrun or deepspeed")
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank is not None:
+        td.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+    elif single_group:
+        td.init_process_group(backend, store=td.HashStore(), timeout=timeout, rank=0, world_size=1)
+
+
+def set_timeouts(timeout_s: int) -> None:
+    """Give every group this process belongs to the same time-out; new groups do not inherit the one given to `init`."""
+    for group in list(td.distributed_c10d._world.pg_map) if td.is_initialized() else ():
+        td.set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def shutdown() -> None:
+    """Leave the process group; a no-op without one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    """This process, 0 .. world_size() - 1."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, at least 1."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Is this the rank that prints and writes?"""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this rank computes: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _reduce(tensor: Tensor, op: Any) -> Tensor:
+    reduced = tensor.detach().to(device(), copy=True)
+    td.all_reduce(reduced, op=op)
+    return reduced.to(tensor.device)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, any dtype, as a new tensor on the device of the input; no gradient."""
+    return tensor.detach().clone() if world_size() == 1 else _reduce(tensor, td.ReduceOp.SUM)
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks of a floating tensor, as a new tensor on the device of the input; no gradient."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"dist: all_reduce_mean needs a floating tensor, got {tensor.dtype}; use all_reduce_sum")
+    return all_reduce_sum(tensor) / world_size()
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Largest value over ranks, elementwise, as a new tensor on the device of the input; no gradient."""
+    return tensor.detach().clone() if world_size() == 1 else _reduce(tensor, td.ReduceOp.MAX)
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Stack a tensor of the same shape on every rank: [...] -> [world_size, ...], in the order of the ranks; no gradient."""
+    if world_size() == 1:
+        return tensor.detach().clone()[None]
+    mine = tensor.detach().to(device()).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    td.all_gather(parts, mine)
+    return torch.stack(parts).to(tensor.device)
+
+
+def broadcast(tensor: Tensor, src: int = 0) -> None:
+    """Overwrite a contiguous tensor with the one of rank `src`, in place."""
+    if world_size() == 1:
+        return
+    data = tensor.detach()
+    moved = data.to(device())
+    td.broadcast(moved, src)
+    if moved.data_ptr() != data.data_ptr():
+        data.copy_(moved)
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Every rank's picklable value, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    td.all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value: T, src: int = 0) -> T:
+    """The picklable value of rank `src`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    td.broadcast_object_list(box, src)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        all_reduce_sum(torch.zeros(1)).item()
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and hand its (picklable) result, or its exception, to every rank.
+
+    UserError, TrainingError and CheckpointError keep their type on the other ranks, any other becomes a RuntimeError.
+    """
+    result, error, sent = None, None, None
+    if is_main():
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+            sent = (type(error) if type(error) in (UserError, TrainingError, CheckpointError) else RuntimeError, str(error))
+    result, sent = broadcast_object((result, sent))
+    if error is not None:
+        raise error
+    if sent is not None:
+        raise sent[0](sent[1])
+    return result

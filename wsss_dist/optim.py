@@ -1,0 +1,87 @@
+"""The optimiser and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from wsss_dist.schema import StrictModel
+
+
+class OptimConfig(StrictModel):
+    """`optim:` section. The defaults are those of PCRE; weight decay acts on every parameter, norms and biases included."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    warmup_steps: int = Field(1500, ge=0)
+    warmup_ratio: float = Field(1e-6, ge=0, le=1)
+    power: float = Field(0.9, gt=0)
+
+
+def lr_factor(step: int, cfg: OptimConfig, total_steps: int) -> float:
+    """What the base learning rate is multiplied with.
+
+    With W = warmup_steps, r = warmup_ratio, M = total_steps: 1 - (1 - t/W)(1 - r) for t < W; afterwards
+    poly: (1 - t/M)^power, which jumps down at t = W as in the released PCRE and ToCo code (t counts from the start of the
+    run, not from the end of the warm-up); cosine: (1 + cos(pi (t - W)/(M - W)))/2; constant: 1.
+
+    Args:
+        step: 0-based training step t, 0 <= t < total_steps.
+        cfg: the schedule.
+        total_steps: M, the length of the run in steps.
+    """
+    if step < cfg.warmup_steps:
+        return 1 - (1 - step / cfg.warmup_steps) * (1 - cfg.warmup_ratio)
+    if cfg.schedule == "poly":
+        return (1 - step / total_steps) ** cfg.power
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup_steps) / (total_steps - cfg.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
+
+
+def set_lr(groups: Iterable[dict], step: int, cfg: OptimConfig, total_steps: int) -> float:
+    """Write the learning rate of `step` into optimiser groups that carry "lr_mult"; returns the one of lr_mult 1."""
+    lr = cfg.lr * lr_factor(step, cfg, total_steps)
+    for group in groups:
+        group["lr"] = lr * group["lr_mult"]
+    return lr
+
+
+def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups of a method, the fused kernel on a GPU.
+
+    Args:
+        method: the module that owns the parameters; frozen ones (requires_grad False) must not be in a group.
+        groups: dicts with "name", "params" (list) and "lr_mult", as `Method.param_groups()` gives them; empty ones are dropped.
+        cfg: learning rate, betas, eps, weight decay.
+    Raises:
+        ValueError: a trainable parameter is in no group or in two, or a frozen one is in a group.
+    """
+    names = {id(p): name for name, p in method.named_parameters()}
+    trainable = {id(p) for p in method.parameters() if p.requires_grad}
+    seen: set[int] = set()
+    for group in groups:
+        for p in group["params"]:
+            name = names.get(id(p), "a tensor outside the method")
+            if id(p) in seen:
+                raise ValueError(f"optim: parameter '{name}' is in two groups, again in '{group['name']}'")
+            if id(p) not in trainable:
+                raise ValueError(f"optim: frozen or foreign parameter '{name}' in group '{group['name']}'")
+            seen.add(id(p))
+    if missing := [names[i] for i in trainable - seen]:
+        raise ValueError(f"optim: trainable parameters in no group of param_groups(): {', '.join(sorted(missing))}")
+    fused = next(method.parameters()).is_cuda
+    kept = [{"lr_mult": 1.0, **g, "params": list(g["params"])} for g in groups if len(g["params"])]
+    return torch.optim.AdamW(
+        kept, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=fused or None
+    )

@@ -42,10 +42,10 @@ class ConfusionMatrix:
 
     def reduced(self) -> ConfusionMatrix:
         """The sum over all ranks (a collective call: every rank has to make it)."""
-        return ConfusionMatrix(self.num_classes, dist.all_gather(self.counts).sum(0))
+        return ConfusionMatrix(self.num_classes, dist.all_reduce_sum(self.counts))
 
     def iou(self) -> Tensor:
-        """IoU per class [K] float64 in 0..1: TP / (TP + FP + FN); nan where the class is in neither truth nor prediction."""
+        """IoU per class [K] float64, TP / (TP + FP + FN); nan where the class is in neither truth nor prediction."""
         return _ratio(self._tp(), self._gt() + self._pred() - self._tp())
 
     def miou(self) -> float:
@@ -87,7 +87,7 @@ class ConfusionMatrix:
         return self.counts.sum(0)
 
     def summary(self) -> dict:
-        """All metrics as plain numbers for JSON; fractions, None where undefined, lists in class order (0 = background).
+        """All metrics as plain numbers for JSON: fractions, None where undefined, lists in class order (0 background).
 
         The means of `oa` and `oa_bg` run over the foreground classes where the value is a finite number; `oa_left_out`
         lists the foreground classes of the ground truth for which OA is not (no pixel of theirs was found), because a
@@ -115,21 +115,22 @@ class ThresholdSweep:
     """Confusion matrices of CAM labels for many thresholds from one pass over the pixels.
 
     The label of a pixel at threshold t is 1 + argmax_c cam[c] where max_c cam[c] > t, else 0. One histogram
-    n[g, c, level] is kept, level = how many thresholds lie strictly below the pixel's value; every matrix is a sum of it.
+    n[g, c, level] is kept, level = how many thresholds lie strictly below the value; every matrix is a sum of it.
     """
 
     def __init__(self, num_classes: int, thresholds: tuple[float, ...] = SWEEP) -> None:
         """num_classes is K, background included; thresholds in any order, doubles are merged."""
         self.num_classes = num_classes
         self.thresholds = tuple(sorted(set(thresholds)))
-        self.counts = torch.zeros(num_classes, num_classes, len(self.thresholds) + 1, dtype=torch.int64)
+        size = (num_classes, num_classes, len(self.thresholds) + 1)
+        self.counts = torch.zeros(size, dtype=torch.int64)
 
     def update(self, value: Tensor, label: Tensor, gt: Tensor) -> None:
         """Add the pixels of one or more images.
 
         Args:
             value: [..., H, W] float, max over classes of the CAM.
-            label: [..., H, W] integer in 1..C, the class it belongs to (any where value is 0: it stays below each threshold).
+            label: [..., H, W] integer in 1..C, the class it belongs to (any class where value is 0).
             gt: [..., H, W] integer; labels outside 0..K-1 are dropped.
         """
         assert value.shape == label.shape == gt.shape
@@ -139,14 +140,14 @@ class ThresholdSweep:
         value, label, gt = value[valid], label[valid], gt[valid]
         assert label.numel() == 0 or (1 <= int(label.min()) and int(label.max()) < k), f"CAM class outside 1..{k - 1}"
         edges = torch.tensor(self.thresholds, dtype=torch.float32, device=value.device)
-        level = torch.bucketize(value, edges)  # right=False counts the edges < value: a value on an edge is not above it
+        level = torch.bucketize(value, edges)  # counts the edges < value: a value on an edge is not above it
         counts = torch.bincount((gt * k + label) * levels + level, minlength=k * k * levels).reshape(k, k, levels)
         self.counts = self.counts.to(counts.device) + counts
 
     def reduced(self) -> ThresholdSweep:
         """The sum over all ranks (a collective call: every rank has to make it)."""
         total = ThresholdSweep(self.num_classes, self.thresholds)
-        total.counts = dist.all_gather(self.counts).sum(0)
+        total.counts = dist.all_reduce_sum(self.counts)
         return total
 
     def at(self, threshold: float) -> ConfusionMatrix:
@@ -157,7 +158,7 @@ class ThresholdSweep:
         return ConfusionMatrix(self.num_classes, counts)
 
     def best(self, among: tuple[float, ...] = SWEEP) -> tuple[float, ConfusionMatrix]:
-        """The threshold with the highest mIoU and its matrix: an oracle, since it looks at the truth; ties: the lowest."""
+        """The threshold with the highest mIoU (ties: the lowest) and its matrix: an oracle, it looks at the truth."""
         scores = {t: self.at(t).miou() for t in among}
         threshold = max(scores, key=lambda t: -1.0 if math.isnan(scores[t]) else scores[t])
         return threshold, self.at(threshold)

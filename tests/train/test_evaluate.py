@@ -1,0 +1,306 @@
+"""Evaluation with a method whose prediction is known in closed form: labels, kinds, sharding, files, clean-up."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import kernels
+from wsss_dist import dist, evaluate
+from wsss_dist.data import DataConfig, Dataset
+from wsss_dist.errors import UserError
+from wsss_dist.evaluate import CRFConfig, EvalConfig, evaluate_splits
+from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.metrics import SWEEP, ConfusionMatrix
+from wsss_dist.report import ReportConfig
+from wsss_dist.schema import StrictModel, parse
+
+CLASSES = ["red", "green", "blue"]
+
+
+class Named(StrictModel):
+    name: str
+    seed: int = 0
+
+
+class Config(StrictModel):
+    """The part of RunConfig that the evaluation reads."""
+
+    run: Named = Named(name="r")
+    method: Named = Named(name="colours")
+    data: DataConfig
+    eval: EvalConfig
+    report: ReportConfig = ReportConfig()
+
+
+class ColourSet(Dataset):
+    """Images of different sizes; a channel's bright pixels are its class, the truth is a noisy copy of that."""
+
+    def __init__(self, n=7, masks=True):
+        super().__init__("colours", CLASSES, None, [f"c/{i}.jpg" for i in range(n)], np.zeros((n, 3), np.uint8))
+        self.masks = masks
+        for i in range(n):
+            self.tags[i] = [c + 1 in self.mask(i) for c in range(3)]
+
+    def _rng(self, i):
+        return np.random.default_rng(i)
+
+    def image(self, i):
+        rng = self._rng(i)
+        size = (int(rng.integers(17, 40)), int(rng.integers(17, 40)), 3)
+        return blocks_image(rng, size)
+
+    def mask(self, i):
+        image = self.image(i)
+        mask = np.where(image.max(2) > 140, image.argmax(2) + 1, 0).astype(np.uint8)
+        noise = np.random.default_rng(100 + i).random(mask.shape)
+        mask[noise < 0.1] = 0
+        mask[noise > 0.9] = 255
+        return mask
+
+    @property
+    def has_masks(self):
+        return self.masks
+
+
+def blocks_image(rng, size):
+    blocks = rng.integers(0, 256, (5, 5, 3))
+    rows, cols = (np.arange(s) * 5 // s for s in size[:2])
+    return blocks[rows][:, cols].astype(np.uint8)
+
+
+class Colours(BaseMethod):
+    """CAM of class c = channel c; logits = the channels and a constant background. No weights matter."""
+
+    def __init__(self, seg=True, extras=False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.frozen = torch.nn.Dropout()
+        self.frozen.eval()
+        self.seg, self.extras, self.seen, self.modes = seg, extras, [], []
+
+    def predict(self, batch, *, cam_scales, seg_scales, fuse, step=None):
+        assert not torch.is_grad_enabled()
+        self.seen.append((tuple(batch.images.shape), batch.ids, step))
+        self.modes.append(self.training)
+        torch.rand(3)  # an evaluation that draws random numbers must not disturb the training's
+        cam = torch.sigmoid(batch.images) * batch.labels[:, :, None, None]
+        logits = torch.cat([torch.full_like(batch.images[:, :1], 0.2), batch.images], 1) if self.seg else None
+        extras = {"crme": cam, "pseudo": cam.argmax(1) + 1} if self.extras else {}
+        return Prediction(cam=cam, logits=logits, extras=extras)
+
+
+def config(**kwargs):
+    settings = {"size": 24, "crf": None, "batch": 3, **kwargs}
+    data = DataConfig(format="folder", root="nowhere", num_workers=0, val_limit=settings.pop("val_limit", None))
+    report = ReportConfig(num_images=settings.pop("num_images", 12))
+    return Config(data=data, eval=EvalConfig(**settings), report=report)
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    dataset = ColourSet()
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: dataset)
+    return dataset
+
+
+def expected(dataset, indices, size=24):
+    """The slow twin: image by image, threshold by threshold, plain numpy labels."""
+    cams = {t: ConfusionMatrix(4) for t in (*SWEEP, 0.5)}
+    seg = ConfusionMatrix(4)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for i in indices:
+        image = torch.from_numpy(dataset.image(i)).permute(2, 0, 1)[None].float()
+        gt = torch.from_numpy(dataset.mask(i))
+        x = (F.interpolate(image, (size, size), mode="bilinear") / 255 - mean[:, None, None]) / std[:, None, None]
+        cam = torch.sigmoid(x) * torch.from_numpy(dataset.labels(i))[:, None, None]
+        cam = F.interpolate(cam, gt.shape, mode="bilinear")[0]
+        for t, matrix in cams.items():
+            matrix.update(torch.where(cam.amax(0) > t, cam.argmax(0) + 1, 0), gt)
+        logits = torch.cat([torch.full_like(x[:, :1], 0.2), x], 1)
+        seg.update(F.interpolate(logits, gt.shape, mode="bilinear")[0].argmax(0), gt)
+    return cams, seg
+
+
+def test_kinds_equal_the_slow_twin(colours, tmp_path):
+    result = evaluate_splits(Colours(), config(), ["val"], tmp_path, 5)["val"]
+    cams, seg = expected(colours, range(7))
+    assert set(result) == {"cam", "cam_best", "seg"}
+    assert result["cam"] == {**cams[0.5].summary(), "threshold": 0.5}
+    best = max(SWEEP, key=lambda t: cams[t].miou())
+    assert result["cam_best"]["threshold"] == best and result["cam_best"]["miou"] == cams[best].miou()
+    assert "oracle" in result["cam_best"]
+    assert result["seg"] == seg.summary()
+    assert 0.3 < result["seg"]["miou"] < 1, "the test data has to be neither trivial nor hopeless"
+
+
+def test_beta_off_the_grid(colours, tmp_path):
+    result = evaluate_splits(Colours(seg=False), config(beta=0.537), ["val"], tmp_path, 5)["val"]
+    assert set(result) == {"cam", "cam_best"}, "no segmentation head, no seg kinds"
+    assert result["cam"]["threshold"] == 0.537
+    assert result["cam_best"]["threshold"] in SWEEP
+
+
+def test_batching_and_sizes(colours, tmp_path):
+    method = Colours()
+    evaluate_splits(method, config(), ["val"], tmp_path, 5)
+    assert [s[0] for s in method.seen] == [(3, 3, 24, 24), (3, 3, 24, 24), (1, 3, 24, 24)]
+    assert [i for s in method.seen for i in s[1]] == [f"c/{i}" for i in range(7)]
+    assert {s[2] for s in method.seen} == {5}
+    method = Colours()
+    method.patch_size = 8
+    evaluate_splits(method, config(size=None), ["val"], tmp_path, None)
+    sizes = [colours.image(i).shape[:2] for i in range(7)]
+    assert [s[0] for s in method.seen] == [(1, 3, round(h / 8) * 8, round(w / 8) * 8) for h, w in sizes]
+    assert {s[2] for s in method.seen} == {None}
+
+
+def test_batch_size_does_not_change_the_result(colours, tmp_path):
+    results = [evaluate_splits(Colours(), config(batch=b), ["val"], tmp_path, 1) for b in (1, 4)]
+    assert results[0] == results[1]
+
+
+def test_training_flags_and_random_state_are_restored(colours, tmp_path):
+    method = Colours().train()
+    method.frozen.eval()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    evaluate_splits(method, config(), ["val"], tmp_path, 1)
+    assert method.modes == [False] * 3
+    assert method.training and not method.frozen.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_flags_are_restored_after_an_error(colours, tmp_path):
+    method = Colours().train()
+    method.predict = lambda *a, **k: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        evaluate_splits(method, config(), ["val"], tmp_path, 1)
+    assert method.training
+
+
+def test_quick_evaluation_takes_the_limit_and_writes_nothing(colours, tmp_path):
+    cfg = config(limit=3, crf=CRFConfig())
+    result = evaluate_splits(Colours(), cfg, ["val"], tmp_path, 1, final=False)["val"]
+    assert set(result) == {"cam", "cam_best", "seg"}, "no CRF during training"
+    _, seg = expected(colours, [0, 2, 4])
+    assert result["seg"] == seg.summary()
+    assert list(tmp_path.iterdir()) == []
+    full = evaluate_splits(Colours(), config(limit=3), ["val"], tmp_path, 1)["val"]
+    assert full["seg"] == expected(colours, range(7))[1].summary(), "the limit is for the evaluations during training"
+
+
+def test_val_limit_counts_in_the_final_evaluation_too(colours, tmp_path):
+    result = evaluate_splits(Colours(), config(val_limit=2), ["val"], tmp_path, 1)["val"]
+    assert result["seg"] == expected(colours, [0, 3])[1].summary()
+    assert json.loads((tmp_path / "result.json").read_text())["splits"]["val"]["images"] == 2
+
+
+def test_samples_and_result_file(colours, tmp_path):
+    method = Colours(extras=True)
+    method.weights_note = "random weights"
+    (tmp_path / "samples" / "val").mkdir(parents=True)
+    (tmp_path / "samples" / "val" / "000006.npz").write_bytes(b"of an earlier evaluation")
+    evaluate_splits(method, config(num_images=3), ["val"], tmp_path, 9)
+    files = sorted((tmp_path / "samples" / "val").iterdir())
+    assert [f.name for f in files] == ["000000.npz", "000002.npz", "000004.npz"]
+    for f, i in zip(files, (0, 2, 4), strict=True):
+        sample = np.load(f)
+        shape = colours.mask(i).shape
+        assert str(sample["id"]) == f"c/{i}" and int(sample["index"]) == i
+        assert np.array_equal(sample["image"], colours.image(i)) and np.array_equal(sample["truth"], colours.mask(i))
+        assert sample["tags"].tolist() == (np.flatnonzero(colours.labels(i)) + 1).tolist()
+        for name in ("cam", "extra_crme"):
+            assert sample[name].shape == (len(sample["tags"]), *shape) and sample[name].dtype == np.uint8
+        assert sample["seg"].shape == sample["extra_pseudo"].shape == shape
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["class_names"] == ["background", *CLASSES]
+    assert result["weights_note"] == "random weights" and result["data_note"] is None
+    assert result["method"] == "colours" and result["splits"]["val"]["step"] == 9
+    evaluate_splits(method, config(), ["other"], tmp_path, 9)
+    assert set(json.loads((tmp_path / "result.json").read_text())["splits"]) == {"val", "other"}
+
+
+def test_data_note_comes_from_the_manifest(colours, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"note": "composed scenes"}))
+    cfg = config()
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"root": tmp_path})})
+    evaluate_splits(Colours(), cfg, ["val"], tmp_path, 1)
+    assert json.loads((tmp_path / "result.json").read_text())["data_note"] == "composed scenes"
+
+
+def test_image_without_tags_is_all_background_in_the_cam(monkeypatch, tmp_path):
+    dataset = ColourSet(1)
+    dataset.tags[:] = 0
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: dataset)
+    result = evaluate_splits(Colours(extras=True), config(), ["val"], tmp_path, 1)["val"]
+    assert all(v in (0.0, None) for v in result["cam"]["recall_per_class"][1:])
+    assert result["cam"]["recall_per_class"][0] == 1.0
+    assert np.load(next((tmp_path / "samples/val").iterdir()))["cam"].shape[0] == 0
+
+
+def test_crf_gets_the_unary_of_the_specification(colours, tmp_path, monkeypatch):
+    calls = []
+
+    def fake(unary, image, **kwargs):
+        calls.append((unary, image, kwargs))
+        return torch.softmax(-unary, 1).flip(1)  # any other answer than the argmax of the logits
+
+    monkeypatch.setattr(kernels, "dense_crf", fake, raising=False)
+    crf = CRFConfig(iterations=4)
+    result = evaluate_splits(Colours(), config(crf=crf, val_limit=1), ["val"], tmp_path, 1)["val"]
+    unary, image, kwargs = calls[0]
+    assert kwargs == {"spatial": (2.0, 1.0), "bilateral": (140.0, 1.0, 7.0), "iterations": 4, "mode": "fast"}
+    assert image.dtype == torch.uint8 and np.array_equal(image[0].permute(1, 2, 0).numpy(), colours.image(0))
+    assert unary.shape == (1, 4, *colours.mask(0).shape)
+    assert 0 <= unary.min() and unary.max() <= -np.log(1e-5) + 1e-5  # one float32 rounding of ln
+    assert result["seg_crf"] != result["seg"]
+
+
+def test_split_without_masks(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: ColourSet(masks=False))
+    with pytest.raises(UserError, match="split 'test' of nowhere has no masks"):
+        evaluate_splits(Colours(), config(), ["test"], tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cam_scales": [0.5]}, "1.0 among them"),
+        ({"seg_scales": [1.0, -1.0]}, "numbers above 0"),
+        ({"beta": 1.5}, "eval.beta"),
+        ({"size": 0}, "eval.size"),
+        ({"fuse": "max"}, "eval.fuse"),
+        ({"crf": {"spatial": [0, 1]}}, "sigmas must be above 0"),
+        ({"crf": {"bilaterel": [1, 1, 1]}}, "did you mean 'bilateral'"),
+        ({"batch": 0}, "eval.batch"),
+    ],
+)
+def test_config_errors(values, message):
+    with pytest.raises(UserError, match=message):
+        parse(EvalConfig, values, "eval")
+
+
+def _rank(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init(60, init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    evaluate.build_dataset = lambda cfg, split: ColourSet(3 if split == "short" else 7)
+    splits = ["val", "short"]
+    result = evaluate_splits(Colours(extras=True), config(batch=1), splits, folder / "two", 1)
+    torch.save(result, folder / f"rank{rank}.pt")
+    dist.shutdown()
+
+
+def test_two_ranks_equal_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: ColourSet(3 if split == "short" else 7))
+    one = evaluate_splits(Colours(extras=True), config(batch=1), ["val", "short"], tmp_path / "one", 1)
+    torch.multiprocessing.spawn(_rank, (2, tmp_path), nprocs=2)
+    assert torch.load(tmp_path / "rank0.pt") == one == torch.load(tmp_path / "rank1.pt")
+    for split in ("val", "short"):
+        a, b = (sorted((tmp_path / run / "samples" / split).iterdir()) for run in ("one", "two"))
+        assert [f.name for f in a] == [f.name for f in b]
+        for left, right in zip(a, b, strict=True):
+            x, y = np.load(left), np.load(right)
+            assert all(np.array_equal(x[k], y[k]) for k in (*x.files, *y.files))

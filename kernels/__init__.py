@@ -1,0 +1,31 @@
+"""Operators of weakly supervised segmentation: each a plain-torch reference, some with native twins.
+
+The names below are the API. `configure` sets the backends, `available_backends` lists those that can run.
+"""
+
+from kernels.backend import available_backends, configure
+from kernels.class_patch_contrast.op import class_patch_contrast
+from kernels.dense_crf.op import dense_crf, dense_crf_unary
+from kernels.dense_energy.op import dense_energy
+from kernels.dilate_regions.op import dilate_regions
+from kernels.max_upsampled_masks.op import max_upsampled_masks
+from kernels.par.op import par
+from kernels.patch_token_contrast.op import patch_token_contrast
+from kernels.radius_mask.op import radius_mask
+from kernels.select_regions.op import RegionSelection, select_regions
+
+__all__ = [
+    "RegionSelection",
+    "available_backends",
+    "class_patch_contrast",
+    "configure",
+    "dense_crf",
+    "dense_crf_unary",
+    "dense_energy",
+    "dilate_regions",
+    "max_upsampled_masks",
+    "par",
+    "patch_token_contrast",
+    "radius_mask",
+    "select_regions",
+]

@@ -1,0 +1,98 @@
+"""Backend selection of every op.
+
+Backends: `reference` (plain torch), `native` (kernels._C: C++ on the CPU, CUDA on the GPU), `triton` (GPU), `auto`.
+Order of precedence: argument of the call > setting of the op > default setting.
+A backend asked for by name that cannot run is an error; only `auto` walks down its list.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+
+# What `auto` tries, first to last. An op or a device not listed here has its reference alone.
+AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+}
+
+_implementations: dict[str, dict[str, Callable]] = {}
+_settings: dict[str, str] = {"default": "auto"}
+
+try:
+    from kernels import _C
+
+    NATIVE_PROBLEM = None
+    NATIVE_HAS_CUDA = bool(_C.has_cuda)
+except ImportError as error:
+    NATIVE_PROBLEM = f"kernels._C is not usable ({error}); build it with `pip install -e . --no-build-isolation`"
+    NATIVE_HAS_CUDA = False
+
+
+def native_problem(op: str) -> str | None:
+    """Why kernels._C has no usable `op`, or None."""
+    if NATIVE_PROBLEM is None and not hasattr(torch.ops.wsss, op):
+        return f"kernels._C was built from older sources, without {op}; build it again"
+    return NATIVE_PROBLEM
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def register(op: str, **implementations: Callable) -> None:
+    """Enter the implementations of `op` under the names of their backends; called once by each op.py."""
+    assert set(implementations) <= set(BACKENDS) and "reference" in implementations
+    _implementations[op] = implementations
+
+
+def configure(default: str = "auto", **per_op: str) -> None:
+    """Set the backends for the process, e.g. `configure("auto", par="native")`; replaces earlier settings.
+
+    Raises ValueError for an unknown op or backend. Whether a backend can run is found out by the call of the op,
+    since it depends on the device of the tensors.
+    """
+    for key, name in {"default": default, **per_op}.items():
+        if key != "default" and key not in _implementations:
+            raise ValueError(f"kernels.configure: unknown op {key!r}; ops: {', '.join(sorted(_implementations))}")
+        if name not in (*BACKENDS, "auto"):
+            raise ValueError(f"kernels.configure: unknown backend {name!r} for {key}; known: auto, {', '.join(BACKENDS)}")
+    _settings.clear()
+    _settings.update(default=default, **per_op)
+
+
+def _problem(op: str, name: str, device: str) -> str | None:
+    """Why backend `name` of `op` cannot run on `device`, or None."""
+    if name not in _implementations[op]:
+        return f"it has no {name} implementation"
+    if name == "native" and native_problem(op) is not None:
+        return native_problem(op)
+    if name == "native" and device == "cuda" and not NATIVE_HAS_CUDA:
+        return "kernels._C was built without CUDA"
+    if name == "native" and device not in ("cpu", "cuda"):
+        return "native code exists for cpu and cuda alone"
+    if name == "triton" and (device != "cuda" or not HAS_TRITON):
+        return "triton needs a CUDA device and the triton package"
+    return None
+
+
+def available_backends(op: str, device: str | torch.device = "cpu") -> list[str]:
+    """Names of the backends of `op` that can run on `device`. Raises ValueError for an unknown op."""
+    if op not in _implementations:
+        raise ValueError(f"kernels.available_backends: unknown op {op!r}; ops: {', '.join(sorted(_implementations))}")
+    return [name for name in BACKENDS if _problem(op, name, torch.device(device).type) is None]
+
+
+def choose(op: str, device: torch.device, requested: str | None) -> Callable:
+    """The implementation of `op` to run on `device`. Raises ValueError if the one asked for cannot run."""
+    name = requested or _settings.get(op) or _settings["default"]
+    if name == "auto":
+        order = AUTO.get(op, {}).get(device.type, ("reference",))
+        name = next(n for n in order if _problem(op, n, device.type) is None)
+    problem = _problem(op, name, device.type)
+    if problem is not None:
+        usable = ", ".join(n for n in BACKENDS if _problem(op, n, device.type) is None)
+        raise ValueError(f"{op}: backend {name!r} cannot run on {device.type}: {problem}; available: {usable}")
+    return _implementations[op][name]

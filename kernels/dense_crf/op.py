@@ -1,0 +1,101 @@
+"""Fully connected CRF: sharpens class probabilities along the edges of the image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import checks
+from kernels.backend import choose, register
+from kernels.dense_crf import reference
+
+register("dense_crf", reference=reference.dense_crf)
+
+MODES = ("fast", "exact")
+
+
+def dense_crf(
+    unary: Tensor,
+    image: Tensor,
+    *,
+    spatial: tuple[float, float] = (3.0, 3.0),
+    bilateral: tuple[float, float, float] = (80.0, 13.0, 10.0),
+    iterations: int = 10,
+    mode: str = "fast",
+    backend: str | None = None,
+) -> Tensor:
+    """Mean-field marginals of the dense CRF with Potts compatibility.
+
+    Q0 = softmax(-U); Q <- softmax(-U + sum_k w_k n_k K_k (n_k Q)) with n_k = (K_k 1 + 1e-20)^-1/2; the pixel's own term
+    is included, as in pydensecrf. K(i, j) = exp(-|f_i - f_j|^2 / 2), f = (x, y) / sigma_xy for the spatial kernel and
+    (x / sigma_xy, y / sigma_xy, rgb / sigma_rgb) for the bilateral one.
+
+    unary       [B, K, H, W] = -log p; fp32, bf16, fp16, or fp64 (then all is computed in fp64).
+    image       [B, 3, H, W] RGB in 0..255, uint8 or floating point.
+    spatial     (sigma_xy in pixels, weight); bilateral (sigma_xy in pixels, sigma_rgb in grey levels, weight).
+                Weight 0 leaves a kernel out.
+    iterations  >= 0.
+    mode        "fast": permutohedral lattice for both kernels, parity with pydensecrf; "exact": true Gaussian sums,
+                O((HW)^2) time, the oracle for small images.
+    Returns Q [B, K, H, W] float32 (float64 for float64 unary), without gradient; it sums to 1 over the classes.
+    Raises ValueError or TypeError for a wrong shape, dtype, device, range, mode or non-finite input.
+    Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs" (NeurIPS 2011), equation 4.
+    """
+    checks.shape("dense_crf", "unary", unary, "B", "K", "H", "W")
+    b, _, h, w = unary.shape
+    checks.shape("dense_crf", "image", image, b, 3, h, w)
+    checks.floating("dense_crf", unary=unary)
+    if image.dtype != torch.uint8:
+        checks.floating("dense_crf", image=image)
+    checks.same_device("dense_crf", unary=unary, image=image)
+    checks.number("dense_crf", "spatial sigma_xy", spatial[0], low=0.0, open=True)
+    checks.number("dense_crf", "spatial weight", spatial[1], low=0.0)
+    checks.number("dense_crf", "bilateral sigma_xy", bilateral[0], low=0.0, open=True)
+    checks.number("dense_crf", "bilateral sigma_rgb", bilateral[1], low=0.0, open=True)
+    checks.number("dense_crf", "bilateral weight", bilateral[2], low=0.0)
+    if iterations < 0:
+        raise ValueError(f"dense_crf: iterations must be >= 0, got {iterations}")
+    if mode not in MODES:
+        raise ValueError(f"dense_crf: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    for name, x in (("unary", unary), ("image", image)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
+    run = choose("dense_crf", unary.device, backend)
+    return run(unary.detach(), image.detach(), spatial, bilateral, iterations, mode)
+
+
+def dense_crf_unary(
+    labels_or_probs: Tensor,
+    num_classes: int,
+    confidence: float | None = None,
+    *,
+    ignore_index: int = 255,
+    clip: float = 1e-5,
+) -> Tensor:
+    """Unary energies -log p for `dense_crf`, by either recipe of pydensecrf.
+
+    labels_or_probs  integers [B, H, W]: class 0..K-1 of each pixel, `ignore_index` = unsure (all classes equal); or
+                     floating point [B, K, H, W]: probabilities.
+    num_classes      K >= 1.
+    confidence       labels: probability that a label is right, in (0, 1), default 0.7; the rest is shared by the other
+                     classes. probabilities: share kept, in (0, 1]; the rest is spread evenly; default: all kept.
+    clip             probabilities below it are raised to it, in (0, 1].
+    Returns [B, K, H, W] float32 (float64 for float64 probabilities).
+    Raises ValueError or TypeError for a wrong shape or range, or a label outside 0..K-1.
+    """
+    op, x = "dense_crf_unary", labels_or_probs
+    checks.number(op, "num_classes", num_classes, low=1)
+    if isinstance(x, Tensor) and x.is_floating_point():
+        checks.shape(op, "labels_or_probs", x, "B", num_classes, "H", "W")
+        if confidence is not None and not 0 < confidence <= 1:
+            raise ValueError(f"{op}: confidence must lie in (0, 1] for probabilities, got {confidence}")
+        if not 0 < clip <= 1:
+            raise ValueError(f"{op}: clip must lie in (0, 1], got {clip}")
+        return reference.unary_from_probs(x, confidence, clip)
+    checks.shape(op, "labels_or_probs", x, "B", "H", "W")
+    checks.integral(op, labels_or_probs=x)
+    confidence = 0.7 if confidence is None else confidence
+    checks.number(op, "confidence", confidence, low=0.0, high=1.0, open=True)
+    if ((x != ignore_index) & ((x < 0) | (x >= num_classes))).any():
+        raise ValueError(f"{op}: labels must lie in 0..{num_classes - 1} or be {ignore_index}, got others")
+    return reference.unary_from_labels(x, num_classes, confidence, ignore_index)

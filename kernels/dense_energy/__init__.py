@@ -1,0 +1,1 @@
+"""The op `dense_energy`: see op.py for its contract and reference.py for its definition."""

@@ -1,0 +1,1 @@
+"""The op `max_upsampled_masks`: see op.py for its contract and reference.py for its definition."""

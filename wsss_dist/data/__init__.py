@@ -1,30 +1,27 @@
-"""Images and tags in, batches out."""
+"""Images and tags in, batches out.
+
+The names below are looked up when they are first used, so that `wsss_dist.data.prepare`, which needs no torch, starts
+at once.
+"""
 
 from __future__ import annotations
 
-from wsss_dist.data.batch import Batch, EvalSample
-from wsss_dist.data.coco import CocoDataset
-from wsss_dist.data.config import DataConfig
-from wsss_dist.data.dataset import Dataset
-from wsss_dist.data.folder import FolderDataset
-from wsss_dist.data.loader import build_eval_loader, build_train_loader
-from wsss_dist.data.voc import VocDataset
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Batch", "DataConfig", "Dataset", "EvalSample", "build_dataset", "build_eval_loader", "build_train_loader"]
+_HOME = {
+    "Batch": "batch",
+    "EvalSample": "batch",
+    "DataConfig": "config",
+    "Dataset": "dataset",
+    "build_dataset": "readers",
+    "build_eval_loader": "loader",
+    "build_train_loader": "loader",
+}
+__all__ = list(_HOME)
 
-_READERS = {"coco": CocoDataset, "voc": VocDataset, "folder": FolderDataset}
 
-
-def build_dataset(cfg: DataConfig, split: str) -> Dataset:
-    """Open one split of the configured data set.
-
-    Args:
-        cfg: format, root, classes, untagged.
-        split: name of the split, as in cfg.train_split or cfg.eval_splits.
-    Raises:
-        UserError: a file or a class is missing, repeated or not what the format says.
-    """
-    dataset = _READERS[cfg.format](cfg.root, split, cfg.classes)
-    if cfg.untagged == "drop":
-        dataset.drop_untagged()
-    return dataset
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

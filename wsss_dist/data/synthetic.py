@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from wsss_dist.data.rle import rle_annotation
+
 _COLOURS = ((220, 40, 40), (40, 190, 60), (50, 80, 230), (230, 200, 30), (190, 60, 210), (40, 200, 210))
 _SHAPES = ("disc", "square", "triangle")
 
@@ -48,23 +50,6 @@ def write_synthetic_dataset(root: Path, num_train: int, num_val: int, size: int,
         content = {"images": images, "categories": categories, "annotations": annotations}
         (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
     return root
-
-
-def rle_annotation(annotation_id: int, image_id: int, category_id: int, region: np.ndarray) -> dict:
-    """A COCO annotation with uncompressed RLE, box and area of the non-empty bool region [H, W]."""
-    flat = region.reshape(-1, order="F").astype(np.int8)
-    edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
-    counts = np.diff([0, *edges, flat.size]).tolist()
-    ys, xs = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": category_id,
-        "iscrowd": 0,
-        "area": int(region.sum()),
-        "bbox": [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)],
-        "segmentation": {"size": list(region.shape), "counts": counts},
-    }
 
 
 def _scene(rng: np.random.Generator, size: int, num_classes: int, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,74 @@
+"""Prepare data and pretrained weights: `python launch/prepare_data.py stampscenes|weights|quickstart [options]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from wsss_dist.data.prepare.fetch import default_cache
+from wsss_dist.data.prepare.stampscenes import Settings, prepare_stampscenes
+from wsss_dist.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        if args.command in ("stampscenes", "quickstart"):
+            settings = Settings(args.train, args.val, args.val_seen, args.size, args.seed, args.source)
+            prepare_stampscenes(args.out, settings, args.cache, say=_say, track=_track)
+        if args.command in ("weights", "quickstart"):
+            from wsss_dist.data.prepare.weights import prepare_weights
+
+            prepare_weights(args.weights_out, args.cache, say=_say)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Prepare data and pretrained weights for the quickstart.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    scenes = commands.add_parser("stampscenes", help="compose the quickstart data set")
+    weights = commands.add_parser("weights", help="fetch and convert the pretrained weights")
+    both = commands.add_parser("quickstart", help="both of them")
+    for command in (scenes, both):
+        command.add_argument("--out", type=Path, default=Path("data/stampscenes"), help="folder to make")
+        command.add_argument(
+            "--source", default="auto", help="tuxpaint, emoji, auto, or a folder with <class>/*.png and backgrounds/"
+        )
+        command.add_argument("--train", type=int, default=1200, help="images of the training split")
+        command.add_argument("--val", type=int, default=300, help="images with objects that training never saw")
+        command.add_argument("--val-seen", type=int, default=300, help="new images with objects of the training split")
+        command.add_argument("--size", type=int, default=224, help="side of the square images in pixels")
+        command.add_argument("--seed", type=int, default=0)
+    weights.add_argument("--out", type=Path, default=Path("data/weights"), dest="weights_out", help="folder to make")
+    both.add_argument("--weights-out", type=Path, default=Path("data/weights"), help="folder for the weights")
+    for command in (scenes, weights, both):
+        command.add_argument("--cache", type=Path, default=default_cache(), help="folder of the downloads")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _track(items: Iterable, total: int) -> Iterator:
+    """A progress bar on a terminal, a line every tenth otherwise."""
+    if sys.stdout.isatty():
+        from rich.progress import track
+
+        yield from track(items, total=total, description="composing")
+        return
+    started = time.monotonic()
+    for k, item in enumerate(items, 1):
+        yield item
+        if k * 10 // total != (k - 1) * 10 // total:
+            print(f"composed {k} of {total} scenes ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

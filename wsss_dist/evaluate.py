@@ -4,7 +4,7 @@ B batch, C foreground classes, K = C + 1 with background (0), H W pixels of an i
 
 Each rank takes every world_size-th image and only integer counts travel between ranks, so N ranks give the result of
 one (as far as the network gives an image the same maps in another batch). The protocol is that of PCRE (CVPR 2025):
-the image is squeezed to a square (or keeps its aspect), the maps are resized to the native size, labels are taken there.
+the image is squeezed to a square (or keeps its aspect), the maps are resized to the native size and labelled there.
 """
 
 from __future__ import annotations
@@ -367,7 +367,7 @@ def _write_result(run_dir: Path, method: nn.Module, cfg: RunConfig, class_names:
     earlier = json.loads(path.read_text())["splits"] if path.exists() else {}
     result = {
         "name": cfg.run.name,
-        "method": cfg.method["name"] if isinstance(cfg.method, dict) else cfg.method.name,
+        "method": cfg.method_name,
         "seed": cfg.run.seed,
         "class_names": ["background", *class_names],
         "data_note": _data_note(Path(cfg.data.root)),

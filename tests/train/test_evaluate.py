@@ -29,7 +29,7 @@ class Config(StrictModel):
     """The part of RunConfig that the evaluation reads."""
 
     run: Named = Named(name="r")
-    method: Named = Named(name="colours")
+    method_name: str = "colours"
     data: DataConfig
     eval: EvalConfig
     report: ReportConfig = ReportConfig()

@@ -1,0 +1,224 @@
+"""The pictures of a report: sheets of panels side by side, and curves.
+
+K classes with background (0), H W pixels of an image, T its tags. Panels are uint8 [H, W, 3].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # before pyplot: a report is made on machines without a display
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+PANEL = 208  # longest side of a panel in pixels
+GAP = 6
+TEXT = 24  # height of a line of text
+INK = (40, 40, 40)
+IGNORE = (255, 255, 255)
+CURVE_COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7030a0", "#7f6000", "#a0263c")
+
+
+def voc_palette(num_colours: int = 256) -> np.ndarray:
+    """The PASCAL VOC colour map, uint8 [num_colours, 3] RGB: bit i of each colour comes from bits 3i, 3i+1, 3i+2."""
+    ids = np.arange(num_colours)
+    palette = np.zeros((num_colours, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def label_panel(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Class colours over the greyed image; background stays grey and darkened, 255 (ignore) is white.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        labels: uint8 [H, W], 0..C and 255.
+    """
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(np.float32)
+    colours = voc_palette()[labels].astype(np.float32)
+    colours[labels == 255] = IGNORE
+    weight = np.where(labels == 0, 0.45, np.where(labels == 255, 0.7, 0.65))[..., None]
+    return (grey * (1 - weight) + colours * weight).round().astype(np.uint8)
+
+
+def heat_panel(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """The strongest of the maps as heat (blue 0, red 1) over the greyed image.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        maps: uint8 [T, H, W], 0..255 for 0..1; T may be 0.
+    """
+    strongest = maps.max(0) if len(maps) else np.zeros(image.shape[:2], np.uint8)
+    heat = cv2.cvtColor(cv2.applyColorMap(strongest, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(grey, 0.4, heat, 0.6, 0)
+
+
+# key in a sample -> (heading, how its panel is made); the order is the order of the columns
+COLUMNS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
+    "image": ("image", lambda image, value: value),
+    "cam": ("CAM", heat_panel),
+    "extra_crme": ("CRME mask", heat_panel),
+    "extra_pseudo": ("pseudo label", label_panel),
+    "seg": ("prediction", label_panel),
+    "seg_crf": ("prediction + CRF", label_panel),
+    "truth": ("truth", label_panel),
+}
+
+
+def sample_sheet(samples: list[dict[str, np.ndarray]], class_names: list[str], path: Path) -> None:
+    """Write one PNG: a row per sample, a column per kind of panel that any sample has, a legend of the classes below.
+
+    Args:
+        samples: as `evaluate` saves them: image, truth, cam, tags, id and, where there are any, the other columns.
+        class_names: K names, background first.
+    """
+    keys = [key for key in COLUMNS if any(key in sample for sample in samples)]
+    width = len(keys) * (PANEL + GAP) + GAP
+    parts = [_text_row([COLUMNS[key][0] for key in keys], width, PANEL + GAP)]
+    for sample in samples:
+        parts.append(_panel_row(sample, keys, width))
+        tags = ", ".join(class_names[t] for t in sample["tags"]) or "no tag"
+        parts.append(_text_row([f"{sample['id']}: {tags}"], width, width))
+    used = sorted({int(c) for s in samples for key in keys for c in _classes_in(s, key)} - {0, 255})
+    parts.append(_legend([(class_names[c], tuple(int(v) for v in voc_palette()[c])) for c in used], width))
+    _save(np.concatenate(parts), path)
+
+
+def _classes_in(sample: dict[str, np.ndarray], key: str) -> np.ndarray:
+    shows_labels = COLUMNS[key][1] is label_panel and key in sample
+    return np.unique(sample[key]) if shows_labels else np.empty(0, np.uint8)
+
+
+def _panel_row(sample: dict[str, np.ndarray], keys: list[str], width: int) -> np.ndarray:
+    height, breadth = sample["image"].shape[:2]
+    scale = PANEL / max(height, breadth)
+    size = (max(1, round(breadth * scale)), max(1, round(height * scale)))
+    row = np.full((size[1] + GAP, width, 3), 255, np.uint8)
+    for i, key in enumerate(keys):
+        if key not in sample:
+            continue
+        panel = COLUMNS[key][1](sample["image"], sample[key])
+        panel = cv2.resize(panel, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        left = GAP + i * (PANEL + GAP)
+        row[: size[1], left : left + size[0]] = panel
+    return row
+
+
+def _text_row(texts: list[str], width: int, step: int) -> np.ndarray:
+    row = np.full((TEXT, width, 3), 255, np.uint8)
+    for i, text in enumerate(texts):
+        _write(row, text, GAP + i * step)
+    return row
+
+
+def _legend(entries: list[tuple[str, tuple[int, int, int]]], width: int) -> np.ndarray:
+    """Coloured squares with names, broken into as many lines as they need."""
+    entries = [*entries, ("ignored", IGNORE)]
+    lines, left = [np.full((TEXT, width, 3), 255, np.uint8)], GAP
+    for name, colour in entries:
+        needed = 26 + _text_width(name) + 18
+        if left + needed > width and left > GAP:
+            lines.append(np.full((TEXT, width, 3), 255, np.uint8))
+            left = GAP
+        cv2.rectangle(lines[-1], (left, 5), (left + 18, 19), colour, -1)
+        cv2.rectangle(lines[-1], (left, 5), (left + 18, 19), INK, 1)
+        _write(lines[-1], name, left + 26)
+        left += needed
+    return np.concatenate(lines)
+
+
+def _write(canvas: np.ndarray, text: str, left: int) -> None:
+    plain = text.encode("ascii", "replace").decode()  # OpenCV's fonts know no other letters
+    cv2.putText(canvas, plain, (left, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, INK, 1, cv2.LINE_AA)
+
+
+def _text_width(text: str) -> int:
+    return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0]
+
+
+def _save(picture: np.ndarray, path: Path) -> None:
+    ok, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    assert ok
+    path.write_bytes(data.tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------- curves
+
+
+def loss_curves(lines: list[dict[str, Any]], path: Path) -> bool:
+    """Small multiples of every number that the training logged, "loss" first; False if there is none.
+
+    Args:
+        lines: the training lines of metrics.jsonl, each with "step".
+    """
+    keys = sorted({k for line in lines for k, v in line.items() if k != "step" and _is_number(v)})
+    keys.sort(key=lambda k: (k != "loss", not k.startswith("loss"), k))
+    if not keys:
+        return False
+    columns = min(4, len(keys))
+    rows = -(-len(keys) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.1 * rows), squeeze=False, layout="constrained")
+    for axis, key in zip(axes.flat, keys, strict=False):
+        points = [(line["step"], line[key]) for line in lines if _is_number(line.get(key))]
+        _curve(axis, points, CURVE_COLOURS[0])
+        axis.set_title(key, fontsize=9, loc="left")
+    for axis in axes.flat[len(keys) :]:
+        axis.remove()
+    _finish(figure, path)
+    return True
+
+
+def miou_curves(lines: list[dict[str, Any]], names: dict[str, str], path: Path) -> bool:
+    """mIoU (%) against the step, one axis per split, one line per kind; False with fewer than two steps.
+
+    Args:
+        lines: the evaluation lines of metrics.jsonl: {"step", "split", "eval": {kind: {"miou": ..}}}.
+        names: kind -> name in the legend.
+    """
+    splits = list(dict.fromkeys(line["split"] for line in lines))
+    if len({line["step"] for line in lines}) < 2:
+        return False
+    figure, axes = plt.subplots(
+        1, len(splits), figsize=(3.6 * len(splits) + 1, 2.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    kinds = list(dict.fromkeys(kind for line in lines for kind in line["eval"]))
+    for axis, split in zip(axes.flat, splits, strict=True):
+        for kind, colour in zip(kinds, CURVE_COLOURS, strict=False):
+            points = [
+                (line["step"], 100 * line["eval"][kind]["miou"])
+                for line in lines
+                if line["split"] == split and _is_number(line["eval"].get(kind, {}).get("miou"))
+            ]
+            _curve(axis, points, colour, label=names.get(kind, kind), marker="o")
+        axis.set_title(f"mIoU on {split} (%)", fontsize=9, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
+    _finish(figure, path)
+    return True
+
+
+def _curve(axis: Any, points: list[tuple[int, float]], colour: str, **style: Any) -> None:
+    points = sorted(dict(points).items())  # a resumed run logs some steps twice: the last line counts
+    axis.plot([s for s, _ in points], [v for _, v in points], color=colour, linewidth=1.3, markersize=3, **style)
+    axis.tick_params(labelsize=7)
+    axis.grid(color="#e4e4e4", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

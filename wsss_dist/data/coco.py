@@ -129,7 +129,8 @@ def _check_categories(categories: list[dict], classes: list[str] | None, path: P
     if classes is not None and classes != found:
         unknown = [name for name in classes if name not in found]
         missing = [name for name in found if name not in classes]
-        detail = f"not in the file: {unknown}; not in the list: {missing}" if unknown or missing else "the order differs"
+        named = f"not in the file: {unknown}; not in the list: {missing}"
+        detail = named if unknown or missing else "the order differs"
         raise UserError(
             f"data.classes does not agree with the categories of {path} ({detail}); "
             "leave data.classes out, or list the names in the order of their ids"
@@ -143,11 +144,15 @@ def _tags(content: dict, names: dict[int, str], class_of: dict[int, int], path: 
     tags = np.zeros((len(images), len(names)), np.uint8)
     if any("labels" in image for image in images):
         by_name = {names[raw]: c for raw, c in class_of.items()}
-        for row, image in zip(tags, images):
+        for row, image in zip(tags, images, strict=True):
             if not isinstance(image.get("labels"), list):
-                raise UserError(f"data: {path}: image {image['file_name']} has no list 'labels', though others have one")
+                raise UserError(
+                    f"data: {path}: image {image['file_name']} has no list 'labels', though others have one; "
+                    "give every image one, empty where it has no tag"
+                )
             for label in image["labels"]:
-                row[_class_index(label, by_name if isinstance(label, str) else class_of, image["file_name"], path)] = 1
+                known = by_name if isinstance(label, str) else class_of
+                row[_class_index(label, known, image["file_name"], path)] = 1
         return tags
     row_of = {image["id"]: k for k, image in enumerate(images)}
     homeless = [a["image_id"] for a in content["annotations"] if a["image_id"] not in row_of]
@@ -178,7 +183,7 @@ def _region(annotation: dict, height: int, width: int, path: Path, name: str) ->
     try:
         from pycocotools import mask as coco_mask
     except ImportError:
-        raise UserError("data: drawing masks from COCO annotations needs pycocotools: pip install pycocotools") from None
+        raise UserError("data: drawing masks from annotations needs pycocotools: pip install pycocotools") from None
     shape = annotation.get("segmentation")
     if isinstance(shape, list):
         polygons = coco_mask.frPyObjects([p for p in shape if len(p) >= 6], height, width)

@@ -68,9 +68,10 @@ def build_train_loader(
 ) -> TrainLoader:
     """Batches of this rank for `num_steps` steps from `start_step` on; one item a step.
 
-    An item is the list of the A = global_batch / (micro_batch * world_size) micro batches of the step. A global batch is
-    cut into chunks of micro_batch consecutive samples; chunk m * world_size + rank is micro batch m of that rank. Each
-    epoch is a permutation of the images keyed by (seed, epoch), cut into n // global_batch steps; the rest is dropped.
+    An item is the list of the A = global_batch / (micro_batch * world_size) micro batches of the step. A global batch
+    is cut into chunks of micro_batch consecutive samples; chunk m * world_size + rank is micro batch m of that rank.
+    Each epoch is a permutation of the images keyed by (seed, epoch), cut into n // global_batch steps; the rest is
+    dropped.
     Starting at a later step costs nothing: no skipped sample is decoded.
 
     Args:

@@ -44,7 +44,8 @@ def write_synthetic_dataset(root: Path, num_train: int, num_val: int, size: int,
             present = [int(c) for c in np.unique(mask) if c]
             entry = {"id": k + 1, "file_name": f"{stem}.jpg", "height": size, "width": size}
             images.append({**entry, "labels": [names[c - 1] for c in present]})
-            annotations += [rle_annotation(len(annotations) + j + 1, k + 1, c, mask == c) for j, c in enumerate(present)]
+            for c in present:
+                annotations.append(rle_annotation(len(annotations) + 1, k + 1, c, mask == c))
         (root / "annotations").mkdir(exist_ok=True)
         categories = [{"id": c + 1, "name": name} for c, name in enumerate(names)]
         content = {"images": images, "categories": categories, "annotations": annotations}

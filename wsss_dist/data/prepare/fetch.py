@@ -92,7 +92,7 @@ def unpack(archive: Path, members: Callable[[str], str | None], into: Path) -> P
     partial = into.with_name(f".{into.name}.{os.getpid()}")
     if archive.suffix == ".deb":
         command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:  # noqa: S603 (no shell, own arguments)
             _extract(process.stdout, "r|", members, partial)
         if process.returncode:
             raise FetchError(f"dpkg-deb could not unpack {archive}")
@@ -122,7 +122,7 @@ def _command(package: Package, cache: Path) -> list[str]:
 
 def _run(command: list[str], folder: Path) -> None:
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)  # noqa: S603 (no shell)
     except FileNotFoundError:
         raise FetchError(f"the program '{command[0]}' is not installed") from None
     if result.returncode:
@@ -134,5 +134,8 @@ def _other_version(package: Package, cache: Path, before: set[Path], say: Callab
     new = [p for p in set(cache.iterdir()) - before if p.name.startswith(f"{package.name}_")]
     if len(new) != 1:
         raise FetchError(f"downloading {package.name} did not give {package.file}")
-    say(f"warning: {package.name} came as {new[0].name}, the recipe was written for {package.file}: pictures may differ")
+    say(
+        f"warning: {package.name} came as {new[0].name}, the recipe was written for {package.file}: "
+        "pictures may differ from the ones that results were measured on"
+    )
     return new[0]

@@ -88,7 +88,7 @@ _ANY_ANGLE = frozenset(("fruit", "vegetable", "flower", "tool"))
 class Source:
     """Pictures to compose from.
 
-    name         "tuxpaint", "emoji" or "folder".
+    name         "tuxpaint", "emoji" or the folder as it was given.
     about        one sentence that says what the scenes are made of.
     objects      class -> names of its cut-outs.
     distractors  names of cut-outs that stay background in the masks.
@@ -144,12 +144,8 @@ def open_source(name: str, cache: Path, say: Callable[[str], None]) -> tuple[Sou
 def _tuxpaint(cache: Path, say: Callable[[str], None]) -> Source:
     stamps, data = (fetch(package, cache, say) for package in TUXPAINT)
     share = "usr/share/tuxpaint"
-    folder = unpack(
-        stamps, lambda n: _below(n, f"{share}/stamps/", ".png"), cache / f"stamps-{sha256_of(stamps)[:16]}"
-    )
-    scenes = unpack(
-        data, lambda n: _below(n, f"{share}/templates/", ".jpg"), cache / f"scenes-{sha256_of(data)[:16]}"
-    )
+    folder = unpack(stamps, lambda n: _below(n, f"{share}/stamps/", ".png"), cache / f"stamps-{sha256_of(stamps)[:16]}")
+    scenes = unpack(data, lambda n: _below(n, f"{share}/templates/", ".jpg"), cache / f"scenes-{sha256_of(data)[:16]}")
     names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.png"))
     names = [n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in _LEFT_OUT)]
     objects = {label: [n for n in names if _matches(n, patterns)] for label, patterns in _STAMPS.items()}
@@ -165,7 +161,7 @@ def _tuxpaint(cache: Path, say: Callable[[str], None]) -> Source:
         files={n: folder / f"{n}.png" for n in names} | {n: scenes / f"{n}.jpg" for n in backgrounds},
         preferred=_PREFERRED,
         any_angle=_ANY_ANGLE,
-        packages=[_record(package, path) for package, path in zip(TUXPAINT, (stamps, data))],
+        packages=[_record(package, path) for package, path in zip(TUXPAINT, (stamps, data), strict=True)],
     )
 
 
@@ -211,7 +207,7 @@ def _folder(root: Path) -> Source:
 
     every = [*backgrounds, *distractors, *(p for paths in found.values() for p in paths)]
     return Source(
-        name="folder",
+        name=str(root),
         about=f"the cut-outs of the folder '{root.name}' pasted on its backgrounds",
         objects={label: [name(p) for p in paths] for label, paths in found.items()},
         distractors=[name(p) for p in distractors],

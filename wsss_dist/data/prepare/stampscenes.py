@@ -86,7 +86,7 @@ def _check(settings: Settings) -> None:
     if few or not 32 <= settings.size <= 2048 or settings.seed < 0:
         raise UserError(
             f"prepare: --train {settings.train} --val {settings.val} --val-seen {settings.val_seen} --size "
-            f"{settings.size} --seed {settings.seed}; expected at least one image per split, 32 to 2048 pixels, seed >= 0"
+            f"{settings.size} --seed {settings.seed}; expected one image or more a split, 32 to 2048 pixels, seed >= 0"
         )
 
 
@@ -104,8 +104,8 @@ def _is_finished(out: Path, settings: Settings, say: Callable[[str], None]) -> b
         ) from None
     wanted = _settings_record(settings)
     different = [f"{k} {made.get(k)!r} instead of {v!r}" for k, v in wanted.items() if made.get(k) != v]
-    if made.get("source") != settings.source and settings.source == "auto":
-        different = [d for d in different if not d.startswith("source ")]
+    if settings.source not in ("auto", manifest.get("source")):
+        different.append(f"source {manifest.get('source')!r} instead of {settings.source!r}")
     if different:
         raise UserError(
             f"prepare: {out} was made with other settings ({'; '.join(different)}); choose another --out, or remove it "
@@ -171,7 +171,7 @@ def _write_all(
     files: dict[str, str] = {}
     (folder / "annotations").mkdir()
     for split in SPLITS:
-        of_split = [result for (name, _), result in zip(jobs, results) if name == split]
+        of_split = [result for (name, _), result in zip(jobs, results, strict=True) if name == split]
         for _, _, written in of_split:
             files.update(written)
         name = f"annotations/{split}.json"
@@ -209,9 +209,7 @@ def _write_scene(job: tuple[str, int]) -> tuple[dict, list[dict], dict[str, str]
         "labels": sorted({classes[i.label] for i in scene.instances}, key=classes.index),
         "background": scene.background,
     }
-    annotations = [
-        {**rle_annotation(0, number + 1, i.label + 1, i.region), "object": i.name} for i in scene.instances
-    ]
+    annotations = [{**rle_annotation(0, number + 1, i.label + 1, i.region), "object": i.name} for i in scene.instances]
     return entry, annotations, written
 
 
@@ -229,7 +227,7 @@ def _coco(split: str, material: Material, results: list[tuple[dict, list[dict], 
 
 
 def _settings_record(settings: Settings) -> dict:
-    return {"recipe": RECIPE, **settings.counts(), "size": settings.size, "seed": settings.seed, "source": settings.source}
+    return {"recipe": RECIPE, **settings.counts(), "size": settings.size, "seed": settings.seed}
 
 
 def _manifest(source: Source, reason: str, settings: Settings, files: dict[str, str]) -> dict:
@@ -245,7 +243,7 @@ def _manifest(source: Source, reason: str, settings: Settings, files: dict[str, 
 
 
 def label_palette() -> list[int]:
-    """The colours of Pascal VOC: 256 RGB triples, black for 0; the bits of the id are spread over the three channels."""
+    """The colours of Pascal VOC, 256 RGB triples, black for 0: the bits of the id spread over the three channels."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.int64)
     for bit in range(8):

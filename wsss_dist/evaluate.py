@@ -380,6 +380,6 @@ def _write_result(run_dir: Path, method: nn.Module, cfg: RunConfig, class_names:
 
 
 def _data_note(root: Path) -> str | None:
-    """What the data set says of itself: the "note" of its manifest.json, if it has one."""
+    """What the data set says of itself: "about" in its manifest.json, if it has one."""
     manifest = root / "manifest.json"
-    return json.loads(manifest.read_text()).get("note") if manifest.exists() else None
+    return json.loads(manifest.read_text(encoding="utf-8")).get("about") if manifest.is_file() else None

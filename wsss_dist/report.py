@@ -38,6 +38,7 @@ table { border-collapse: collapse; margin: 1em 0; font-size: 0.93em; font-varian
 th { font-weight: normal; color: #555; text-align: right; vertical-align: bottom; border-bottom: 1px solid #999; }
 td { text-align: right; border-bottom: 1px solid #e4e4e4; }
 th, td { padding: 0.2em 0.8em; } th:first-child, td:first-child, td.name, th.name { text-align: left; }
+td:first-child { white-space: nowrap; }
 td.main { font-weight: bold; }
 img { max-width: 100%; height: auto; display: block; margin: 0.8em 0; }
 pre { font-size: 12px; line-height: 1.35; overflow-x: auto; background: #f7f7f7; padding: 1em; }

@@ -36,7 +36,9 @@ def voc_palette(num_colours: int = 256) -> np.ndarray:
 
 
 def label_panel(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Class colours over the greyed image; background stays grey and darkened, 255 (ignore) is white.
+    """Class colours, outlined in white, over the greyed image; background stays dark grey, 255 (ignore) is white.
+
+    The outline matters: one of the VOC colours is grey.
 
     Args:
         image: uint8 [H, W, 3] RGB.
@@ -45,8 +47,10 @@ def label_panel(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(np.float32)
     colours = voc_palette()[labels].astype(np.float32)
     colours[labels == 255] = IGNORE
-    weight = np.where(labels == 0, 0.45, np.where(labels == 255, 0.7, 0.65))[..., None]
-    return (grey * (1 - weight) + colours * weight).round().astype(np.uint8)
+    weight = np.where(labels == 0, 0.55, np.where(labels == 255, 0.7, 0.75))[..., None]
+    panel = (grey * (1 - weight) + colours * weight).round().astype(np.uint8)
+    panel[cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8)) > 0] = IGNORE
+    return panel
 
 
 def heat_panel(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
@@ -85,9 +89,9 @@ def sample_sheet(samples: list[dict[str, np.ndarray]], class_names: list[str], p
     width = len(keys) * (PANEL + GAP) + GAP
     parts = [_text_row([COLUMNS[key][0] for key in keys], width, PANEL + GAP)]
     for sample in samples:
-        parts.append(_panel_row(sample, keys, width))
         tags = ", ".join(class_names[t] for t in sample["tags"]) or "no tag"
         parts.append(_text_row([f"{sample['id']}: {tags}"], width, width))
+        parts.append(_panel_row(sample, keys, width))
     used = sorted({int(c) for s in samples for key in keys for c in _classes_in(s, key)} - {0, 255})
     parts.append(_legend([(class_names[c], tuple(int(v) for v in voc_palette()[c])) for c in used], width))
     _save(np.concatenate(parts), path)
@@ -106,11 +110,19 @@ def _panel_row(sample: dict[str, np.ndarray], keys: list[str], width: int) -> np
     for i, key in enumerate(keys):
         if key not in sample:
             continue
-        panel = COLUMNS[key][1](sample["image"], sample[key])
-        panel = cv2.resize(panel, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        image = _scaled(sample["image"], size)
+        make = COLUMNS[key][1]
+        if make is heat_panel:
+            value = np.array([_scaled(m, size) for m in sample[key]], np.uint8)
+        else:
+            value = cv2.resize(sample[key], size, interpolation=cv2.INTER_NEAREST_EXACT)
         left = GAP + i * (PANEL + GAP)
-        row[: size[1], left : left + size[0]] = panel
+        row[: size[1], left : left + size[0]] = image if key == "image" else make(image, value)
     return row
+
+
+def _scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if size[0] < picture.shape[1] else cv2.INTER_LINEAR)
 
 
 def _text_row(texts: list[str], width: int, step: int) -> np.ndarray:

@@ -224,7 +224,7 @@ def test_samples_and_result_file(colours, tmp_path):
 
 
 def test_data_note_comes_from_the_manifest(colours, tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"note": "composed scenes"}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"about": "composed scenes"}))
     cfg = config()
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"root": tmp_path})})
     evaluate_splits(Colours(), cfg, ["val"], tmp_path, 1)

@@ -99,7 +99,7 @@ def test_report_stands_alone_and_says_what_it_is(tmp_path):
     text = build_report(run).read_text()
     page = Page(text)
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert "script" not in page.seen and "link" not in page.seen and "http" not in re.sub("base64,[^\"]*", "", text)
+    assert "script" not in page.seen and "link" not in page.seen and "http" not in re.sub('base64,[^"]*', "", text)
     body = text[text.index("<body>") :]
     assert re.search(r"<p[^>]*>([^<]*)", body).group(1) == "The scenes are composed.", "the first sentence"
     assert "Weights with a &lt;caveat&gt;." in body
@@ -147,7 +147,7 @@ def test_undefined_values_and_oa_left_out(tmp_path):
     for s in result["splits"]["val"]["kinds"].values():
         s["oa"], s["oa_left_out"], s["oa_per_class"][1], s["iou_per_class"][1] = None, [1], None, None
     (run / "result.json").write_text(json.dumps(result))
-    body = re.sub("base64,[^\"]*", "", build_report(run).read_text())
+    body = re.sub('base64,[^"]*', "", build_report(run).read_text())
     assert "<td>*</td>" in body and "are left out of the mean OA" in body
     assert "None" not in body and "nan" not in body
     assert "CAM, best threshold" in results_text(result)
@@ -184,9 +184,11 @@ def test_palette_is_that_of_voc():
 
 def test_panels_show_what_they_say():
     image = np.full((2, 2, 3), 100, np.uint8)
-    panel = label_panel(image, np.array([[0, 1], [4, 255]], np.uint8)).astype(int)
-    assert panel[0, 1].argmax() == 0 and panel[1, 0].argmax() == 2 and panel[1, 1].min() > 200
-    assert panel[0, 0].max() < 100
+    labels = np.array([[0, 1], [4, 255]], np.uint8).repeat(5, 0).repeat(5, 1)
+    panel = label_panel(np.full((10, 10, 3), 100, np.uint8), labels).astype(int)
+    assert panel[2, 7].argmax() == 0 and panel[7, 2].argmax() == 2 and panel[7, 7].min() > 200
+    assert panel[2, 2].max() < 100
+    assert (panel[5, 2] == 255).all(), "an outline between the labels"
     heat = heat_panel(image, np.array([[[0, 255], [0, 0]], [[0, 0], [255, 0]]], np.uint8)).astype(int)
     assert heat[0, 1].argmax() == 0 and np.array_equal(heat[0, 1], heat[1, 0]) and heat[0, 0, 0] < heat[0, 1, 0]
     assert heat_panel(image, np.zeros((0, 2, 2), np.uint8)).shape == (2, 2, 3)

@@ -1,6 +1,7 @@
 """Ranks and collectives. The only file that imports torch.distributed.
 
-Every helper also works in a single process without a process group: reductions return their input, gathers a stack of one.
+Every helper also works in a single process without a process group: reductions return a copy, gathers a stack
+of one.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def init(
 ) -> None:
     """Join the process group: nccl where a GPU is, gloo otherwise; does nothing when the group exists already.
 
-    Ranks come from the arguments, else from RANK, WORLD_SIZE and LOCAL_RANK as torchrun and deepspeed set them, else there
-    is one process. LOCAL_RANK picks the GPU.
+    Ranks come from the arguments, else from RANK, WORLD_SIZE and LOCAL_RANK as torchrun and deepspeed set them, else
+    there is one process. LOCAL_RANK picks the GPU.
 
     Args:
         timeout_s: seconds after which a collective that a rank does not answer fails.
@@ -44,7 +45,7 @@ def init(
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"launch: local rank {local} has no GPU, this machine shows {torch.cuda.device_count()}; start fewer ranks"
+                f"launch: local rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks"
             )
         torch.cuda.set_device(local)
     if td.is_initialized():
@@ -53,7 +54,7 @@ def init(
     backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
     if rank is None and "RANK" in os.environ:
         if "WORLD_SIZE" not in os.environ:
-            raise UserError("launch: RANK is set but WORLD_SIZE is not; unset RANK, or start with torchrun or deepspeed")
+            raise UserError("launch: RANK is set without WORLD_SIZE; unset it, or start with torchrun or deepspeed")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank is not None:
         td.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
@@ -117,7 +118,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """Stack a tensor of the same shape on every rank: [...] -> [world_size, ...], in the order of the ranks; no gradient."""
+    """Stack a tensor of the same shape on every rank: [...] -> [world_size, ...], in order of rank; no gradient."""
     if world_size() == 1:
         return tensor.detach().clone()[None]
     mine = tensor.detach().to(device()).contiguous()
@@ -172,7 +173,8 @@ def on_main(function: Callable[[], T]) -> T:
             result = function()
         except Exception as caught:
             error = caught
-            sent = (type(error) if type(error) in (UserError, TrainingError, CheckpointError) else RuntimeError, str(error))
+            known = type(error) in (UserError, TrainingError, CheckpointError)
+            sent = (type(error) if known else RuntimeError, str(error))
     result, sent = broadcast_object((result, sent))
     if error is not None:
         raise error

@@ -1,8 +1,8 @@
-"""The one exception that means: the user can fix this. The launch scripts print it as one line and exit with status 2."""
+"""Errors the launch scripts print as one line: UserError (exit status 2) and TrainingError (its `exit_code`)."""
 
 
 class UserError(ValueError):
-    """A mistake in the input: its message names the key or file, what was found, what was expected, and the fix."""
+    """A mistake in the input, which the user can fix: its message names the key or file, what was found, what was expected, and the fix."""
 
 
 class TrainingError(RuntimeError):

@@ -14,7 +14,7 @@ from wsss_dist.schema import StrictModel
 
 
 class OptimConfig(StrictModel):
-    """`optim:` section. The defaults are those of PCRE; weight decay acts on every parameter, norms and biases included."""
+    """`optim:` section. The defaults are those of PCRE; weight decay acts on every parameter, biases too."""
 
     name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
@@ -31,8 +31,8 @@ def lr_factor(step: int, cfg: OptimConfig, total_steps: int) -> float:
     """What the base learning rate is multiplied with.
 
     With W = warmup_steps, r = warmup_ratio, M = total_steps: 1 - (1 - t/W)(1 - r) for t < W; afterwards
-    poly: (1 - t/M)^power, which jumps down at t = W as in the released PCRE and ToCo code (t counts from the start of the
-    run, not from the end of the warm-up); cosine: (1 + cos(pi (t - W)/(M - W)))/2; constant: 1.
+    poly: (1 - t/M)^power, which jumps down at t = W as in the released PCRE and ToCo code (t counts from the start of
+    the run, not from the end of the warm-up); cosine: (1 + cos(pi (t - W)/(M - W)))/2; constant: 1.
 
     Args:
         step: 0-based training step t, 0 <= t < total_steps.
@@ -62,7 +62,7 @@ def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> 
 
     Args:
         method: the module that owns the parameters; frozen ones (requires_grad False) must not be in a group.
-        groups: dicts with "name", "params" (list) and "lr_mult", as `Method.param_groups()` gives them; empty ones are dropped.
+        groups: dicts with "name", "params" (list) and "lr_mult", of `Method.param_groups()`; empty ones are dropped.
         cfg: learning rate, betas, eps, weight decay.
     Raises:
         ValueError: a trainable parameter is in no group or in two, or a frozen one is in a group.

@@ -1,0 +1,71 @@
+"""Runs a function on N processes that meet through a file, without a launcher."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["deepspeed", "wsss_dist.trainer", "tests.train.tiny"])
+
+
+def install() -> None:
+    """Let configs name the method of the tests."""
+    import wsss_dist.config
+    import wsss_dist.trainer
+    from tests.train import tiny
+
+    for module in (wsss_dist.config, wsss_dist.trainer):
+        original = module.load_method
+        module.load_method = lambda name, original=original: tiny if name == "tiny" else original(name)
+
+
+def _child(queue: Any, rendezvous: str, rank: int, world_size: int, function: Callable, args: tuple) -> None:
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", LOCAL_RANK=str(rank))
+    import torch
+
+    from wsss_dist import dist
+
+    torch.set_num_threads(1)
+    install()
+    try:
+        if world_size > 1:
+            dist.init(60, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+        queue.put((rank, function(*args), None))
+    except BaseException as error:
+        queue.put((rank, (type(error).__name__, str(error)), traceback.format_exc()))
+    finally:
+        sys.stdout.flush()
+        queue.close()
+        queue.join_thread()
+        dist.shutdown()
+
+
+def run_ranks(world_size: int, tmp_path: Path, function: Callable, *args: Any, fails: bool = False) -> list[Any]:
+    """`function(*args)` on every rank.
+
+    Returns:
+        what each rank returned, in the order of the ranks; with fails=True (type name, message) of what each raised.
+    """
+    queue, name = _context.Queue(), f"meet-{os.urandom(4).hex()}"
+    children = [
+        _context.Process(target=_child, args=(queue, str(tmp_path / name), r, world_size, function, args))
+        for r in range(world_size)
+    ]
+    for child in children:
+        child.start()
+    try:
+        got = sorted((queue.get(timeout=120) for _ in children), key=lambda g: g[0])
+    finally:
+        for child in children:
+            child.join(10)
+            if child.is_alive():
+                child.kill()
+    for rank, _, trace in got:
+        assert (trace is not None) == fails, f"rank {rank}: {trace}"
+    return [value for _, value, _ in got]

@@ -1,0 +1,73 @@
+"""What the ranks of the tests do: train the tiny method on an engine, without loader and trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from tests.train import tiny
+from wsss_dist import dist
+from wsss_dist.checkpoint import Checkpoints
+from wsss_dist.config import parse_config
+from wsss_dist.engine import Engine, build_engine
+
+
+def digest(engine: Engine) -> str:
+    """SHA-256 of all weights and buffers, on every rank."""
+    out = hashlib.sha256()
+    state = {**engine.weights(everywhere=True), **{f"buffer {k}": b for k, b in engine.module.named_buffers()}}
+    for name in sorted(state):
+        out.update(name.encode() + state[name].detach().cpu().numpy().tobytes())
+    return out.hexdigest()
+
+
+def make_engine(values: dict) -> Engine:
+    cfg = parse_config(values)
+    dist.init(60)
+    torch.manual_seed(cfg.run.seed)
+    return build_engine(tiny.Method(cfg.method, tiny.C, cfg.train.steps), cfg)
+
+
+def steps_of(engine: Engine, first: int, last: int) -> list[float]:
+    """Losses of steps first .. last - 1."""
+    cfg = engine.cfg.train
+    sizes = {"global_batch": cfg.global_batch, "micro_batch": cfg.micro_batch}
+    return [
+        engine.train_step(tiny.make_batches(s, **sizes, rank=dist.rank(), world_size=dist.world_size()), s)["loss"]
+        for s in range(first, last)
+    ]
+
+
+def train(values: dict) -> tuple[list[float], str]:
+    """Losses of the whole run, and the digest of the final state."""
+    engine = make_engine(values)
+    return steps_of(engine, 0, engine.cfg.train.steps), digest(engine)
+
+
+def weights(values: dict) -> dict[str, list]:
+    """Final weights as lists, so that they travel between processes."""
+    engine = make_engine(values)
+    steps_of(engine, 0, engine.cfg.train.steps)
+    return {k: v.double().tolist() for k, v in engine.weights(everywhere=True).items()}
+
+
+def checkpoints(values: dict, root: Path, **options: object) -> Checkpoints:
+    sharded = values["train"].get("zero_stage", 0) > 0
+    return Checkpoints(root, **{"keep": 2, "identity": {"method.name": "tiny"}, "sharded": sharded, **options})
+
+
+def interrupted(values: dict, root: Path, stop: int) -> tuple[list[float], str]:
+    """Like `train`, but saved after `stop` steps and gone on with by a second engine of other weights."""
+    engine = make_engine(values)
+    losses = steps_of(engine, 0, stop)
+    checkpoints(values, root).save(engine, stop)
+    values = {**values, "run": {**values["run"], "seed": values["run"]["seed"]}}
+    second = make_engine(values)
+    with torch.no_grad():
+        for buffer in second.module.buffers():
+            buffer.add_(7)
+    start = checkpoints(values, root).resume(second)
+    assert start == stop
+    return losses + steps_of(second, start, second.cfg.train.steps), digest(second)

@@ -1,0 +1,295 @@
+"""Checkpoints that are whole or absent, and the lock of a run folder.
+
+checkpoints/ckpt-<step>/ is the state after <step> steps:
+  model.safetensors   full weights, float32 (engine.save)
+  engine.pt | ds/     optimiser and engine state, PlainEngine | DeepSpeedEngine (engine.save)
+  rank-<r>.pt         of each rank: buffers, random states of torch, CUDA, numpy and Python
+  manifest.json       step, world size, identity of the model, size and SHA-256 of every file and of itself
+All ranks write into .tmp-<step>, vote, rank 0 writes the manifest and renames. A folder without a good manifest is
+not a checkpoint: it is set aside as bad-*, reported, never deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from wsss_dist import dist
+from wsss_dist.engine import Engine
+from wsss_dist.errors import CheckpointError, UserError
+
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run; every method is a collective call.
+
+    Args:
+        root: the folder; made when the first one is saved.
+        keep: how many to keep, the newest ones.
+        identity: dotted config key -> value that a checkpoint must share to be resumed.
+        sharded: the engine state is split over ranks, so the number of ranks must be the same too.
+        report: what is told of a damaged checkpoint, one sentence.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        identity: dict[str, Any],
+        sharded: bool,
+        report: Callable[[str], None] = print,
+    ):
+        self.root, self.keep, self.identity, self.sharded, self.report = root, keep, identity, sharded, report
+
+    def save(self, engine: Engine, step: int) -> Path:
+        """Commit the state after `step` steps.
+
+        Raises:
+            CheckpointError: on every rank, when any of them could not write; earlier checkpoints are untouched.
+        """
+        temporary, final = self.root / f".tmp-{step}", self.root / f"ckpt-{step}"
+        needed = engine.checkpoint_bytes
+        self._stage(temporary, needed, lambda: self._open(temporary, needed))
+        self._stage(temporary, needed, lambda: engine.save(temporary), everywhere=True)
+        mine = temporary / f"rank-{dist.rank()}.pt"
+        self._stage(temporary, needed, lambda: _save_rank(mine, engine.module), everywhere=True)
+        self._stage(temporary, needed, lambda: self._commit(temporary, final, step))
+        if dist.is_main():
+            for old in self._numbered()[self.keep :]:
+                shutil.rmtree(self.root / f"ckpt-{old}", ignore_errors=True)
+        return final
+
+    def resume(self, engine: Engine) -> int:
+        """Load the newest checkpoint whose files are what its manifest says.
+
+        Returns:
+            the number of steps it stands after; 0 when there is none.
+        Raises:
+            UserError: it belongs to another model, or to another number of ranks.
+        """
+        found = dist.on_main(self._newest)
+        if found is None:
+            return 0
+        folder, manifest = found
+        self._check(folder, manifest)
+        engine.load(folder)
+        same = manifest["world_size"] == dist.world_size()
+        _load_rank(folder / f"rank-{dist.rank() if same else 0}.pt", engine.module, random_state=same)
+        return manifest["step"]
+
+    def _numbered(self) -> list[int]:
+        names = (p.name.removeprefix("ckpt-") for p in self.root.glob("ckpt-*"))
+        return sorted((int(n) for n in names if n.isdecimal()), reverse=True)
+
+    def _stage(self, temporary: Path, needed: int, action: Callable[[], Any], everywhere: bool = False) -> None:
+        """Run one part of a save on rank 0, or on every rank, and fail on all ranks when it fails on any."""
+        error: Exception | None = None
+        if everywhere or dist.is_main():
+            try:
+                action()
+            except Exception as caught:  # OSError, but torch and safetensors report a full disk in classes of their own
+                error = caught
+        errors = dist.all_gather_object(error and f"{type(error).__name__}: {error}")
+        failed = [(r, e) for r, e in enumerate(errors) if e]
+        if not failed:
+            return
+        if dist.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint: rank {failed[0][0]} could not write {temporary} ({failed[0][1]}); it needs about {needed} "
+            f"bytes, {_free(self.root)} are free there. Free space or set run.dir to another disk, and start again: "
+            "earlier checkpoints are intact"
+        ) from error
+
+    def _open(self, temporary: Path, needed: int) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        if _free(self.root) < needed:
+            raise OSError(f"no space left on the device of {self.root}")
+        temporary.mkdir()
+
+    def _commit(self, temporary: Path, final: Path, step: int) -> None:
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        for path in files:
+            _fsync(path)
+        manifest = {"step": step, "world_size": dist.world_size(), "identity": self.identity, "files": listed}
+        manifest["sha256"] = _digest(manifest)
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [temporary / _MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+            _fsync(path)
+        os.rename(temporary, final)
+        _fsync(self.root)
+
+    def _newest(self) -> tuple[Path, dict] | None:
+        for step in self._numbered():
+            folder = self.root / f"ckpt-{step}"
+            try:
+                return folder, _verify(folder, step)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._set_aside(folder, str(error))
+        return None
+
+    def _set_aside(self, folder: Path, reason: str) -> None:
+        number = 0
+        while (bad := self.root / f"bad-{folder.name}{f'-{number}' if number else ''}").exists():
+            number += 1
+        os.rename(folder, bad)
+        self.report(f"checkpoint {folder} is not used ({reason}); kept as {bad.name}")
+
+    def _check(self, folder: Path, manifest: dict) -> None:
+        saved = manifest["identity"]
+        differ = [k for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
+        if differ:
+            pairs = ", ".join(f"'{k}' is {self.identity.get(k)!r}, there {saved.get(k)!r}" for k in differ)
+            raise UserError(
+                f"checkpoint: {folder} is of another model: {pairs}; restore these keys, "
+                "give the run another run.name, or delete the folder"
+            )
+        if self.sharded and manifest["world_size"] != dist.world_size():
+            raise UserError(
+                f"checkpoint: {folder} was written by {manifest['world_size']} ranks with a sharded optimiser "
+                f"('train.zero_stage' above 0), this run has {dist.world_size()}; start {manifest['world_size']} ranks"
+            )
+
+
+def _verify(folder: Path, step: int) -> dict:
+    """The manifest of a checkpoint whose files all match it; ValueError or OSError says what is wrong."""
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    if manifest["sha256"] != _digest({k: v for k, v in manifest.items() if k != "sha256"}) or manifest["step"] != step:
+        raise ValueError(f"{_MANIFEST} is damaged")
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        if _sha256(path) != entry["sha256"]:
+            raise ValueError(f"{name} has changed since it was written")
+    return manifest
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free(folder: Path) -> int:
+    """Free bytes of the disk that holds a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _save_rank(path: Path, module: nn.Module) -> None:
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "buffers": {k: b.detach().cpu().clone() for k, b in module.named_buffers()},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+    with open(path, "wb") as file:
+        torch.save(state, file)
+
+
+def _load_rank(path: Path, module: nn.Module, *, random_state: bool) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, buffer in module.named_buffers():
+        buffer.data.copy_(state["buffers"][name])
+    if not random_state:
+        return
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+_locked: set[Path] = set()  # by this process: a record lock does not stop its own process
+
+
+class RunLock:
+    """Keeps a second run out of a folder; the file holds host and process id, and is empty when nobody runs.
+
+    A record lock of the operating system goes with the process, so what a killed run leaves behind is recognised on the
+    same host; of another host only its file is known, and it has to be removed by hand.
+    """
+
+    def __init__(self, folder: Path, report: Callable[[str], None] = print):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder.resolve() / "lock.json"
+        me = {"host": socket.gethostname(), "pid": os.getpid()}
+        if self.path in _locked:
+            raise UserError(_refusal(folder, me, "give this run another run.name"))
+        self._file = open(self.path, "a+")  # noqa: SIM115  held until release()
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = self._owner()
+            self._file.close()
+            raise UserError(_refusal(folder, owner, "stop it, or give this run another run.name")) from None
+        owner = self._owner()
+        if owner and owner["host"] != me["host"]:
+            self._file.close()
+            raise UserError(_refusal(folder, owner, f"if that run is gone, delete {self.path}"))
+        if owner:
+            report(f"the lock of process {owner['pid']}, which ended without removing it, is taken over")
+        self._write(json.dumps(me))
+        _locked.add(self.path)
+
+    def release(self) -> None:
+        """Give the folder free."""
+        self._write("")
+        self._file.close()
+        _locked.discard(self.path)
+
+    def _write(self, text: str) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+
+    def _owner(self) -> dict | None:
+        self._file.seek(0)
+        try:
+            owner = json.loads(self._file.read())
+            return {"host": str(owner["host"]), "pid": int(owner["pid"])}
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def _refusal(folder: Path, owner: dict | None, fix: str) -> str:
+    who = f"process {owner['pid']} on host {owner['host']}" if owner else "another process"
+    return f"run: {folder} is in use by {who}; {fix}"

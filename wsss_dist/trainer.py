@@ -1,0 +1,270 @@
+"""The training loop. It names no method and no data set; every rank takes the same branches."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+from wsss_dist import dist
+from wsss_dist.checkpoint import Checkpoints, RunLock
+from wsss_dist.config import RunConfig, check_world
+from wsss_dist.data import build_dataset, build_train_loader
+from wsss_dist.data.batch import Batch
+from wsss_dist.engine import build_engine
+from wsss_dist.errors import UserError
+from wsss_dist.evaluate import evaluate_splits, open_splits
+from wsss_dist.log import RunLog
+from wsss_dist.methods import load_method
+from wsss_dist.report import build_report
+
+DONE, INTERRUPTED = 0, 75
+_PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "opencv-python", "pydantic", "safetensors")
+
+
+class Trainer:
+    """Builds all parts of a run; `train()` runs it.
+
+    Raises:
+        UserError: the config does not fit the data, the ranks or this machine.
+    """
+
+    def __init__(self, cfg: RunConfig):
+        train = cfg.train
+        dist.init(train.timeout_s)
+        check_world(cfg, dist.world_size())
+        _configure_kernels(cfg.kernels)
+        self.cfg, self.run_dir = cfg, cfg.run_dir
+        self.dataset = build_dataset(cfg.data, cfg.data.train_split)
+        open_splits(cfg, cfg.data.eval_splits)
+        torch.manual_seed(cfg.run.seed)
+        classes = self.dataset.class_names
+        method = load_method(cfg.method_name).Method(cfg.method, len(classes), train.steps)
+        self.engine = build_engine(method, cfg)
+        self.log = RunLog(
+            self.run_dir, total=train.steps, batch=train.global_batch, every=train.log_every, enabled=dist.is_main()
+        )
+        self.checkpoints = Checkpoints(
+            self.run_dir / "checkpoints",
+            keep=train.keep,
+            identity=_identity(cfg, classes),
+            sharded=train.zero_stage > 0,
+            report=self.log.message,
+        )
+        self._damaged: set[str] = set()
+        self._signal: int | None = None
+        self._lock: RunLock | None = None
+
+    def train(self) -> int:
+        """Run, or go on with, the training and the final evaluation.
+
+        Returns:
+            DONE, also after train.stop_after; INTERRUPTED when a signal ended it, with a checkpoint to go on from.
+        Raises:
+            UserError, TrainingError: on every rank, with the reason in one sentence.
+        """
+        dist.on_main(self._open_run_dir)
+        try:
+            with self._signals():
+                return self._run(self._resume())
+        finally:
+            self.log.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def _run(self, start: int) -> int:
+        train = self.cfg.train
+        self.log.start(start)
+        if start and _due(train.eval_every, start) and start < train.steps:
+            self._evaluate(start)
+        if train.stop_after is not None and start >= train.stop_after:
+            self.log.message(f"nothing to do: {start} steps are done and train.stop_after is {train.stop_after}")
+            return DONE
+        batches_of = self._loader(start)
+        for done in range(start + 1, train.steps + 1):
+            with _named_rank():
+                batches = next(batches_of)
+                metrics = self.engine.train_step(batches, done - 1)
+            self.log.step(done, metrics)
+            interrupted = self._exchange(batches)
+            stop = interrupted or done == train.stop_after
+            if stop or done == train.steps or _due(train.save_every, done):
+                self.checkpoints.save(self.engine, done)
+            if stop:
+                self.log.message(f"stopped after step {done} with a checkpoint; the same command goes on from it")
+                return INTERRUPTED if interrupted else DONE
+            if done < train.steps and _due(train.eval_every, done):
+                self._evaluate(done)
+        self._finish()
+        return DONE
+
+    def _loader(self, start: int) -> Iterator[list[Batch]]:
+        train = self.cfg.train
+        return iter(
+            build_train_loader(
+                self.dataset,
+                self.cfg.data,
+                seed=self.cfg.run.seed,
+                global_batch=train.global_batch,
+                micro_batch=train.micro_batch,
+                rank=dist.rank(),
+                world_size=dist.world_size(),
+                start_step=start,
+                num_steps=train.steps - start,
+            )
+        )
+
+    def _resume(self) -> int:
+        if not self.cfg.train.resume:
+            return 0
+        start = self.checkpoints.resume(self.engine)
+        if start:
+            self.log.message(f"resumed after step {start}")
+        return start
+
+    def _evaluate(self, step: int) -> None:
+        """Quick evaluation of the splits that the log does not hold yet for this step."""
+        splits = [s for s in self.cfg.data.eval_splits if not self.log.evaluated(step, s)]
+        splits = dist.broadcast_object(splits)
+        if not splits:
+            return
+        with self.engine.evaluation() as method:
+            results = evaluate_splits(method, self.cfg, splits, self.run_dir, step, final=False)
+        for split, result in results.items():
+            self.log.evaluation(step, split, result)
+
+    def _finish(self) -> None:
+        """Full evaluation, result.json and the report, of a run that has splits to evaluate on."""
+        splits, steps = self.cfg.data.eval_splits, self.cfg.train.steps
+        if not splits:
+            return
+        with self.engine.evaluation() as method:
+            results = evaluate_splits(method, self.cfg, splits, self.run_dir, None, final=True)
+        for split, result in results.items():
+            self.log.evaluation(steps, split, result)
+        report = dist.on_main(lambda: build_report(self.run_dir))
+        self.log.message(f"report: {report}")
+
+    def _exchange(self, batches: list[Batch]) -> bool:
+        """Tell the other ranks of damaged images and of a signal; is the run to stop?
+
+        Raises:
+            UserError: more images are damaged than data.max_damaged.
+        """
+        new = sorted({d for b in batches for d in b.damaged if d[0] not in self._damaged})
+        signalled, num_new = dist.all_reduce_sum(torch.tensor([self._signal is not None, len(new)]).long()).tolist()
+        if num_new:
+            for path, reason in (d for found in dist.all_gather_object(new) for d in found):
+                if path not in self._damaged:
+                    self._damaged.add(path)
+                    self.log.message(f"damaged image replaced by another: {path} ({reason})")
+            if len(self._damaged) > self.cfg.data.max_damaged:
+                raise UserError(
+                    f"data: {len(self._damaged)} images cannot be read, the last is {path} ({reason}); "
+                    f"'data.max_damaged' is {self.cfg.data.max_damaged}: repair the files or raise the limit"
+                )
+        return signalled > 0
+
+    def _open_run_dir(self) -> None:
+        """On rank 0, before step 0: take the lock, write down what is run and on what."""
+        self._lock = RunLock(self.run_dir, report=self.log.message)
+        if not self.cfg.train.resume and any(self.run_dir.glob("checkpoints/ckpt-*")):
+            raise UserError(
+                f"run: {self.run_dir} holds checkpoints of an earlier run and 'train.resume' is false; "
+                "give the run another run.name, or delete the folder"
+            )
+        (self.run_dir / "config.yaml").write_text(self.cfg.to_yaml())
+        (self.run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT only set a flag, which the ranks share after each step; a second one acts as usual."""
+
+        def note(number: int, _: Any) -> None:
+            self._signal = number
+            signal.signal(number, before[number])
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _named_rank() -> Iterator[None]:
+    """What goes wrong on one rank alone is said there: rank 0 would only see a lost connection."""
+    try:
+        yield
+    except UserError as error:
+        if not dist.is_main():
+            print(f"error on rank {dist.rank()}: {error}", file=sys.stderr)
+        raise
+
+
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def _configure_kernels(settings: dict[str, str]) -> None:
+    try:
+        kernels.configure(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config: 'kernels': {error}") from None
+
+
+def _identity(cfg: RunConfig, classes: list[str]) -> dict[str, Any]:
+    """What a checkpoint must share with the run: method and backbone, classes, form of the optimiser state."""
+    out: dict[str, Any] = {"method.name": cfg.method_name, "data classes": classes}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                flatten(f"{prefix}.{key}", inner)
+        else:
+            out[prefix] = value
+
+    flatten("method", cfg.method.model_dump(mode="json"))
+    return {**out, **{f"train.{k}": getattr(cfg.train, k) for k in ("engine", "zero_stage", "precision")}}
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu, "cuda": torch.version.cuda},
+        "world_size": dist.world_size(),
+    }
+
+
+def _git(*args: str) -> str | None:
+    """Output of git in the folder of this file; None where it is no checkout or git is missing."""
+    here = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603, S607
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

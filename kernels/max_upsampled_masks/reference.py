@@ -39,7 +39,8 @@ class MaxUpsampled(torch.autograd.Function):
         winner = torch.full(out.shape, -1, dtype=torch.int32, device=logits.device)
         chunk = max(1, CHUNK_VALUES // max(1, size[0] * size[1]))
         for p, image in enumerate(pairs[:, 0].tolist()):
-            for patches in members[p].nonzero().squeeze(1).split(chunk):
+            chosen = members[p].nonzero().squeeze(1)
+            for patches in chosen.split(chunk) if len(chosen) else ():
                 masks = _masks(logits, image, patches, disc).view(-1, 1, *grid)
                 with no_autocast(logits):
                     value, index = F.interpolate(masks, size, mode="bilinear").squeeze(1).max(dim=0)

@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from wsss_dist import dist
-from wsss_dist.engine import Engine
+from wsss_dist.engine import WEIGHTS, Engine
 from wsss_dist.errors import CheckpointError, UserError
 
 _MANIFEST = "manifest.json"
@@ -166,6 +167,29 @@ class Checkpoints:
                 f"checkpoint: {folder} was written by {manifest['world_size']} ranks with a sharded optimiser "
                 f"('train.zero_stage' above 0), this run has {dist.world_size()}; start {manifest['world_size']} ranks"
             )
+
+
+def load_model_weights(run_dir: Path, module: nn.Module) -> int:
+    """Load the weights of the newest good checkpoint of a run into its method, for inference; a collective call.
+
+    Returns:
+        the number of steps the weights stand after.
+    Raises:
+        UserError: there is no good checkpoint, or it is of another model.
+    """
+    root = Path(run_dir) / "checkpoints"
+    found = dist.on_main(Checkpoints(root, keep=1, identity={}, sharded=False)._newest)
+    if found is None:
+        raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
+    folder, manifest = found
+    try:
+        module.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(
+            f"checkpoint: {folder} is of another model than the config says ({str(error).splitlines()[-1].strip()}); "
+            "take back the changed method settings"
+        ) from None
+    return manifest["step"]
 
 
 def _verify(folder: Path, step: int) -> dict:

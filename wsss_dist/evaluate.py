@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +66,7 @@ class EvalConfig(StrictModel):
     beta: float = Field(0.5, ge=0, le=1)  # CAM label: background where no class is above it
     crf: CRFConfig | None = CRFConfig()
     limit: int | None = Field(None, ge=1)  # images of a split in the evaluations during training; None: all
-    batch: int = Field(8, ge=1)  # images at once; with size: null always one, since their sizes differ
+    batch: int = Field(8, ge=1)  # images at once, as far as neighbours have one size
 
     @field_validator("cam_scales", "seg_scales")
     @classmethod
@@ -123,7 +121,7 @@ def evaluate_splits(
         results[split] = tally.results(cfg.eval.beta)
         records[split] = {
             "images": _num_images(dataset, cfg),
-            "step": step,
+            "step": cfg.train.steps if step is None else step,
             "seconds": round(time.perf_counter() - start, 1),
             "settings": cfg.eval.model_dump(mode="json"),
             "kinds": results[split],
@@ -153,7 +151,7 @@ class _Tally:
         self.matrices[kind].update(pred, gt)
 
     def results(self, beta: float) -> dict[str, dict]:
-        """Metrics over all ranks. A rank without an image has no kinds of its own, so the names are gathered first."""
+        """Metrics over all ranks. A rank without images has no kinds of its own, so the names are gathered first."""
         sweep = self.sweep.reduced()
         threshold, best = sweep.best(SWEEP)
         out = {
@@ -173,28 +171,24 @@ def _score_split(method: BaseMethod, cfg: RunConfig, dataset: Any, split: str, s
     total = _num_images(dataset, cfg)
     keep = _strided(total, cfg.report.num_images) if final else set()
     crf = cfg.eval.crf if final else None
-    batch_size = 1 if cfg.eval.size is None else cfg.eval.batch
-    # Every rank makes the same number of forward passes, also one that has run out of images: under ZeRO-3 each pass
-    # gathers the parameters from all ranks, and a missing one would make the others wait for ever.
-    passes = math.ceil(math.ceil(total / dist.world_size()) / batch_size)
-    batches = _chunks(loader, batch_size)
+    inputs = ((sample, _network_input(sample.image.to(_device(method)), cfg.eval.size, method)) for sample in loader)
     positions = itertools.count(dist.rank(), dist.world_size())
-    for _ in _progress(passes, f"evaluate {split}"):
-        samples = next(batches, [])
-        prediction = _predict(method, cfg.eval, samples or [_blank(dataset)], step)
+    for chunk in _chunks(_progress(inputs, len(loader), f"evaluate {split}"), cfg.eval.batch):
+        samples, images = zip(*chunk, strict=True)
+        prediction = _predict(method, cfg.eval, samples, torch.stack(images), step)
         for i, sample in enumerate(samples):
             shown = _score_image(tally, prediction, i, sample, crf)
             if next(positions) in keep:
                 tally.samples.append(shown)
-    assert next(batches, None) is None, "the loader has more images than this rank's share"
     return tally
 
 
-def _predict(method: BaseMethod, cfg: EvalConfig, samples: list[EvalSample], step: int | None) -> Prediction:
-    device = _device(method)
-    images = torch.stack([_network_input(s.image.to(device), cfg.size, method) for s in samples])
+def _predict(
+    method: BaseMethod, cfg: EvalConfig, samples: Sequence[EvalSample], images: Tensor, step: int | None
+) -> Prediction:
+    device = images.device
     batch = Batch(
-        images=images.to(_dtype(method)),
+        images=images,
         labels=torch.stack([s.labels for s in samples]).to(device),
         boxes=torch.tensor([[0, 0, *images.shape[-2:]]] * len(samples), device=device),
         ids=[s.id for s in samples],
@@ -279,18 +273,8 @@ def _bytes(maps: Tensor) -> np.ndarray:
     return (maps.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def _blank(dataset: Any) -> EvalSample:
-    """A grey image for a rank that has no image left; its prediction is thrown away."""
-    grey = torch.full((3, 224, 224), 128, dtype=torch.uint8)
-    return EvalSample(-1, "blank", grey, torch.zeros(len(dataset.class_names)), None)
-
-
 def _device(method: nn.Module) -> torch.device:
     return next(method.parameters()).device
-
-
-def _dtype(method: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in method.parameters() if p.is_floating_point())
 
 
 @contextmanager
@@ -320,29 +304,29 @@ def _strided(total: int, count: int) -> set[int]:
     return {i * total // count for i in range(count)}
 
 
-def _progress(total: int, text: str) -> Iterator[int]:
-    """Count 0..total-1, with a bar on rank 0's terminal, or a line every tenth of the way where there is none."""
-    console = Console(stderr=True)
+def _progress(items: Iterable[Any], total: int, text: str) -> Iterator[Any]:
+    """The items, with a bar on rank 0's terminal, or a line every tenth of the way where there is none."""
+    console = Console()
     if not dist.is_main():
-        yield from range(total)
+        yield from items
     elif console.is_terminal:
-        yield from track(range(total), text, console=console, transient=True)
+        yield from track(items, text, total=total, console=console, transient=True)
     else:
         start = time.perf_counter()
-        for i in range(total):
-            yield i
-            if (i + 1) * 10 // total > i * 10 // total:
-                seconds = time.perf_counter() - start
-                print(f"{text}: {i + 1}/{total} batches, {seconds:.0f} s", file=sys.stderr, flush=True)
+        for i, item in enumerate(items, start=1):
+            yield item
+            if i * 10 // total > (i - 1) * 10 // total:
+                print(f"{text}: image {i}/{total}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _chunks(items: Iterable[EvalSample], size: int) -> Iterator[list[EvalSample]]:
-    chunk: list[EvalSample] = []
+def _chunks(items: Iterable[tuple[EvalSample, Tensor]], size: int) -> Iterator[list[tuple[EvalSample, Tensor]]]:
+    """Runs of at most `size` neighbours whose network inputs have one shape."""
+    chunk: list[tuple[EvalSample, Tensor]] = []
     for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
+        if chunk and (len(chunk) == size or item[1].shape != chunk[0][1].shape):
             yield chunk
             chunk = []
+        chunk.append(item)
     if chunk:
         yield chunk
 

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that carries its pictures and needs no script, and the pictures as PNG.
 
 It is made from the files in the run folder alone, so it can be made again at any time:
-result.json and samples/ (from the evaluation), metrics.jsonl, config.yaml, environment.json (from the trainer).
+result.json and samples/ (from the evaluation), metrics.jsonl, speed.jsonl, config.yaml and environment.json (trainer).
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def _curves(run_dir: Path, pictures: Path) -> str:
 
     lines = _jsonl(run_dir / "metrics.jsonl")
     evaluations = [line for line in lines if "eval" in line]
-    training = [line for line in lines if "eval" not in line and "step" in line]
+    training = [line for line in lines if "eval" not in line]
+    training += [{k: line[k] for k in ("step", "images_per_s")} for line in _jsonl(run_dir / "speed.jsonl")]
     parts = []
     if report_plots.loss_curves(training, pictures / "loss.png"):
         parts.append(_image(pictures / "loss.png", "what the training logged against the step"))

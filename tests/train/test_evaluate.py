@@ -1,5 +1,6 @@
 """Evaluation with a method whose prediction is known in closed form: labels, kinds, sharding, files, clean-up."""
 
+import itertools
 import json
 
 import numpy as np
@@ -25,10 +26,15 @@ class Named(StrictModel):
     seed: int = 0
 
 
+class Training(StrictModel):
+    steps: int = 300
+
+
 class Config(StrictModel):
     """The part of RunConfig that the evaluation reads."""
 
     run: Named = Named(name="r")
+    train: Training = Training()
     method_name: str = "colours"
     data: DataConfig
     eval: EvalConfig
@@ -155,6 +161,13 @@ def test_batching_and_sizes(colours, tmp_path):
     sizes = [colours.image(i).shape[:2] for i in range(7)]
     assert [s[0] for s in method.seen] == [(1, 3, round(h / 8) * 8, round(w / 8) * 8) for h, w in sizes]
     assert {s[2] for s in method.seen} == {None}
+    assert json.loads((tmp_path / "result.json").read_text())["splits"]["val"]["step"] == 300
+    method = Colours()
+    method.patch_size = 16  # 17..23 px round to 16, 24..39 px to 32: some neighbours share a size
+    evaluate_splits(method, config(size=None), ["val"], tmp_path, None)
+    shapes = [(3, 16 if h < 24 else 32, 16 if w < 24 else 32) for h, w in sizes]
+    runs = [(len(list(g)), *shape) for shape, g in itertools.groupby(shapes)]
+    assert [s[0] for s in method.seen] == runs and max(r[0] for r in runs) == 3
 
 
 def test_batch_size_does_not_change_the_result(colours, tmp_path):

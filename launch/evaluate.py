@@ -1,0 +1,65 @@
+"""Evaluate a trained run again: `python launch/evaluate.py --run runs/quickstart [--split val] [--set eval.beta=0.4]`.
+
+Reads config.yaml and the newest checkpoint of the run folder; writes result.json, samples/ and the report there.
+deepspeed and torchrun start it on several ranks. Exit status: 0 done, 2 a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Evaluate a trained run.", allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="the run folder")
+    parser.add_argument("--split", action="append", help="split with masks, may be repeated; default data.eval_splits")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as eval.beta=0.4")
+    parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
+    args = parser.parse_args()
+    from wsss_dist.errors import UserError
+
+    try:
+        evaluate(args.run, args.split, args.set)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> None:
+    import kernels
+    from wsss_dist import dist
+    from wsss_dist.checkpoint import load_model_weights
+    from wsss_dist.config import load_config
+    from wsss_dist.engine import autocast
+    from wsss_dist.errors import UserError
+    from wsss_dist.evaluate import evaluate_splits, open_splits
+    from wsss_dist.methods import load_method
+    from wsss_dist.report import build_report, load_result, results_text
+
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"command line: --run is '{run_dir}', which holds no config.yaml; name a trained run's folder")
+    cfg = load_config(run_dir / "config.yaml", overrides)
+    splits = splits or cfg.data.eval_splits
+    if not splits:
+        raise UserError("command line: no split to evaluate on; give --split NAME, or set data.eval_splits")
+    dist.init(cfg.train.timeout_s)
+    kernels.configure(**cfg.kernels)
+    num_classes = len(next(iter(open_splits(cfg, splits).values())).class_names)
+    method = load_method(cfg.method_name).Method(cfg.method, num_classes, cfg.train.steps)
+    step = load_model_weights(run_dir, method)
+    with autocast(cfg.train.precision == "bf16"):
+        evaluate_splits(method.to(dist.device()), cfg, splits, run_dir, step)
+    report = dist.on_main(lambda: build_report(run_dir))
+    if dist.is_main():
+        print(results_text(load_result(run_dir)))
+        print(f"report: {report}")
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""launch/evaluate.py and launch/report.py on a run that was really trained: two steps of a small classifier."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wsss_dist.config import parse_config
+from wsss_dist.data.synthetic import write_synthetic_dataset
+from wsss_dist.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    write_synthetic_dataset(folder / "data", 6, 5, 48, 3, seed=0)
+    values = {
+        "run": {"name": "small", "dir": str(folder)},
+        "method": {"name": "classifier", "backbone": {"name": "vit_tiny_patch16_224", "weights": None}},
+        "data": {"format": "coco", "root": str(folder / "data"), "eval_splits": ["val"], "crop": 32, "num_workers": 0},
+        "optim": {"lr": 1e-4, "warmup_steps": 1},
+        "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "engine": "plain"},
+        "eval": {"size": 32, "cam_scales": [1.0], "seg_scales": [1.0]},
+        "report": {"num_images": 2},
+    }
+    assert Trainer(parse_config(values)).train() == 0
+    return folder / "small"
+
+
+def launch(script, *args):
+    """In a process of its own, as a user starts it."""
+    command = [sys.executable, str(ROOT / "launch" / script), *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+def call(monkeypatch, script, *args):
+    """The same in this process, which costs no imports; returns the exit status."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    return runpy.run_path(str(ROOT / "launch" / script))["main"]()
+
+
+def test_training_ends_with_result_samples_and_report(run_dir):
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["splits"]["val"]["images"] == 5 and result["splits"]["val"]["step"] == 2
+    assert [p.name for p in sorted((run_dir / "samples" / "val").iterdir())] == ["000000.npz", "000002.npz"]
+    assert (run_dir / "report" / "samples_val_1.png").is_file() and (run_dir / "report" / "loss.png").is_file()
+    assert "images_per_s" not in (run_dir / "metrics.jsonl").read_text(), "speed stays out of what is compared"
+
+
+def test_evaluating_again_gives_the_result_of_the_training(run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    (copy / "result.json").unlink()
+    done = launch("evaluate.py", "--run", copy)
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads((r / "result.json").read_text())["splits"]["val"] for r in (run_dir, copy))
+    assert after["kinds"] == before["kinds"], "the weights of the checkpoint are those that were evaluated"
+    assert "val          CAM " in done.stdout and done.stdout.splitlines()[-1] == f"report: {copy}/report.html"
+
+
+def test_mistakes_are_one_sentence(run_dir, tmp_path, monkeypatch, capsys):
+    empty = tmp_path / "no_checkpoint"
+    empty.mkdir()
+    shutil.copy(run_dir / "config.yaml", empty)
+    cases = [
+        ("evaluate.py", ["--run", tmp_path], "holds no config.yaml"),
+        ("evaluate.py", ["--run", empty], "holds no good checkpoint"),
+        ("evaluate.py", ["--run", run_dir, "--set", "method.backbone.name=vit_small_patch16_224"], "of another model"),
+        ("report.py", ["--run", tmp_path], "result.json is missing"),
+    ]
+    for script, args, message in cases:
+        assert call(monkeypatch, script, *args) == 2, args
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+def test_compare(run_dir, tmp_path, monkeypatch):
+    assert call(monkeypatch, "report.py", "--compare", run_dir, run_dir, "--out", tmp_path / "table.md") == 0
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert f"| {config['run']['name']} | 2 |" in (tmp_path / "table.md").read_text()

@@ -42,6 +42,11 @@ class Batch:
         moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("images", "labels", "boxes", "flipped")}
         return replace(self, **moved)
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from where copies to a GPU run in the background (for the loader)."""
+        pinned = {k: getattr(self, k).pin_memory() for k in ("images", "labels", "boxes", "flipped")}
+        return replace(self, **pinned)
+
 
 @dataclass
 class EvalSample:

@@ -34,6 +34,7 @@ class CocoDataset(Dataset):
         images = content["images"]
         check_distinct([image["id"] for image in images], "image ids", self._file)
         self._raw_ids = np.array([image["id"] for image in images], dtype=object)
+        self._sizes = np.array([[image["height"], image["width"]] for image in images], np.int64).reshape(-1, 2)
         files = [str(image["file_name"]) for image in images]
         folder = _image_folder(root, split)
         check_images(folder, files, self._file)
@@ -45,7 +46,7 @@ class CocoDataset(Dataset):
 
     def _select(self, rows: np.ndarray) -> None:
         super()._select(rows)
-        self._raw_ids = self._raw_ids[rows]
+        self._raw_ids, self._sizes = self._raw_ids[rows], self._sizes[rows]
 
     @property
     def has_masks(self) -> bool:
@@ -63,7 +64,7 @@ class CocoDataset(Dataset):
         if self._mask_folder.is_dir():
             return checked_mask(self._mask_folder / f"{self.id(i)}.png", len(self.class_names))
         self.open_masks()
-        height, width = self.image(i).shape[:2]
+        height, width = self._sizes[i].tolist()
         return self._draw(self._segments.get(self._raw_ids[i], []), height, width, self.id(i))
 
     def _draw(self, annotations: list[dict], height: int, width: int, name: str) -> np.ndarray:
@@ -79,6 +80,14 @@ class CocoDataset(Dataset):
             else:
                 mask[region] = self._class_of[annotation["category_id"]] + 1
         return mask
+
+
+_NEEDED = {
+    "images": {"id": (int, str), "file_name": (str,), "height": (int,), "width": (int,)},
+    "categories": {"id": (int,), "name": (str,)},
+    "annotations": {"image_id": (int, str), "category_id": (int,)},
+}
+_KIND = {(int, str): "a number or a string", (str,): "a string", (int,): "a whole number"}
 
 
 def _annotation_file(root: Path, split: str) -> Path:
@@ -101,20 +110,24 @@ def _image_folder(root: Path, split: str) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Parse an annotation file and hold that its three lists are there, with the keys every entry needs."""
+    """Parse an annotation file and hold that its three lists are there, with the keys and types every entry needs."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"data: {path} is not readable JSON ({error}); download or write it again") from None
-    needed = {"images": ("id", "file_name"), "categories": ("id", "name"), "annotations": ("image_id", "category_id")}
-    for key, fields in needed.items():
+    for key, fields in _NEEDED.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise UserError(f"data: {path} has no list '{key}'; expected COCO JSON with {', '.join(needed)}")
+            raise UserError(
+                f"data: {path} has no list '{key}'; expected COCO JSON with {', '.join(_NEEDED)}: correct it"
+            )
         for k, entry in enumerate(entries):
-            absent = [f for f in fields if not isinstance(entry, dict) or f not in entry]
-            if absent:
-                raise UserError(f"data: {path}: {key}[{k}] lacks '{absent[0]}'; expected an object with {fields}")
+            for name, kinds in fields.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(name), kinds):
+                    found = entry.get(name) if isinstance(entry, dict) else entry
+                    raise UserError(
+                        f"data: {path}: '{name}' of {key}[{k}] is {found!r}; expected {_KIND[kinds]}: correct the entry"
+                    )
     return content
 
 
@@ -185,15 +198,27 @@ def _region(annotation: dict, height: int, width: int, path: Path, name: str) ->
     except ImportError:
         raise UserError("data: drawing masks from annotations needs pycocotools: pip install pycocotools") from None
     shape = annotation.get("segmentation")
-    if isinstance(shape, list):
-        polygons = coco_mask.frPyObjects([p for p in shape if len(p) >= 6], height, width)
-        return coco_mask.decode(polygons).any(axis=2) if polygons else np.zeros((height, width), bool)
-    if not isinstance(shape, dict) or "counts" not in shape or "size" not in shape:
-        raise UserError(f"data: {path}: an annotation of {name} has no polygon and no RLE under 'segmentation'")
-    if list(shape["size"]) != [height, width]:
+    try:
+        if isinstance(shape, list):
+            # fewer than three corners enclose nothing
+            polygons = [coco_mask.frPyObjects([p], height, width)[0] for p in shape if len(p) >= 6]
+            if not polygons:
+                return np.zeros((height, width), bool)
+            return coco_mask.decode(coco_mask.merge(polygons)).astype(bool)
+        if list(shape["size"]) != [height, width]:
+            raise UserError(
+                f"data: {path}: a mask of {name} is {shape['size']} (height, width), the image {[height, width]}; "
+                "expected the same size: write the annotation again"
+            )
+        if not isinstance(shape["counts"], list):
+            return coco_mask.decode(shape).astype(bool)
+        if sum(shape["counts"]) != height * width or min(shape["counts"]) < 0:
+            raise ValueError(f"its counts add up to {sum(shape['counts'])}, not to {height} x {width}")
+        return coco_mask.decode(coco_mask.frPyObjects(shape, height, width)).astype(bool)
+    except UserError:
+        raise
+    except Exception as error:  # pycocotools raises many kinds on a malformed outline
         raise UserError(
-            f"data: {path}: a mask of {name} is {shape['size'][0]} x {shape['size'][1]} (height x width), the image "
-            f"is {height} x {width}; expected the same size: write the annotation again"
-        )
-    rle = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
-    return coco_mask.decode(rle).astype(bool)
+            f"data: {path}: the 'segmentation' of an annotation of {name} is no polygon and no RLE ({error}); "
+            "write the annotation again"
+        ) from None

@@ -36,7 +36,8 @@ def read_image(path: Path) -> np.ndarray:
         DamagedImage: missing, not a picture, truncated, larger than MAX_PIXELS, or of a kind that has no RGB meaning.
     """
     try:
-        with _open(path) as file:
+        # Pillow warns of odd metadata in many pictures; what matters of it ends in an exception
+        with warnings.catch_warnings(action="ignore"), _open(path) as file:
             return _rgb(ImageOps.exif_transpose(file))
     except DamagedImage:
         raise
@@ -51,7 +52,7 @@ def read_mask(path: Path) -> np.ndarray:
         UserError: unreadable, or a colour picture.
     """
     try:
-        with _open(path) as file:
+        with warnings.catch_warnings(action="ignore"), _open(path) as file:
             file.load()
             if file.mode not in ("L", "P", "1"):
                 raise UserError(
@@ -66,10 +67,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def _open(path: Path) -> Image.Image:
-    with warnings.catch_warnings():
-        # our own limit, checked below, is lower than the one that Pillow warns of
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        file = Image.open(path)
+    file = Image.open(path)
     if file.width * file.height > MAX_PIXELS:
         size = f"{file.width} x {file.height}"
         file.close()

@@ -71,8 +71,7 @@ def build_train_loader(
     An item is the list of the A = global_batch / (micro_batch * world_size) micro batches of the step. A global batch
     is cut into chunks of micro_batch consecutive samples; chunk m * world_size + rank is micro batch m of that rank.
     Each epoch is a permutation of the images keyed by (seed, epoch), cut into n // global_batch steps; the rest is
-    dropped.
-    Starting at a later step costs nothing: no skipped sample is decoded.
+    dropped. Starting at a later step costs nothing: no skipped sample is decoded.
 
     Args:
         dataset: the training split; its masks are never opened.
@@ -235,7 +234,12 @@ def _eval_sample(dataset: Dataset, index: int) -> EvalSample:
 
 
 def _workers(num_workers: int) -> dict:
-    settings: dict = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    # its own generator: torch's global one, which the models draw from, is the same with and without a loader
+    settings: dict = {
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),
+    }
     if num_workers:
         settings["prefetch_factor"] = PREFETCH
     return settings

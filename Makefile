@@ -1,0 +1,64 @@
+# make quickstart   set up, prepare data and weights, train, evaluate, write the report
+# make test         set up, run the tests
+# make lint         set up, check the style
+# make bench        set up, time the operators (make bench OP=par: one of them)
+# make setup        only the virtual environment with everything installed
+#
+# Everything is installed into .venv, or into the virtual environment that is active.
+
+PYTHON ?= python3
+VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+PY := $(VENV)/bin/python
+CORES := $(shell nproc 2>/dev/null || echo 2)
+# Tests work on tiny tensors and start processes of their own: more threads only get in each other's way.
+TEST_THREADS ?= 2
+
+DEPENDENCIES := $(VENV)/.wsss-dependencies
+INSTALLED := $(VENV)/.wsss-installed
+NATIVE := setup.py $(shell find csrc -type f 2>/dev/null)
+
+# Prints the requirements of pyproject.toml whose name starts like the argument, so that ranges are written down once.
+RANGES = $(PY) -c 'import sys, tomllib; \
+	want = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	print(" ".join(r for r in want if r.startswith(sys.argv[1])))'
+
+.PHONY: setup quickstart test bench lint
+.NOTPARALLEL:
+
+setup: $(INSTALLED)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; use make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV) \
+		|| { echo "error: no virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+
+# DeepSpeed asks torch what it can build, so torch comes first; DS_BUILD_OPS=0: it compiles nothing now.
+$(DEPENDENCIES): pyproject.toml | $(PY)
+	$(PY) -m pip install --upgrade pip "setuptools>=77" wheel packaging ninja pybind11
+	$(PY) -m pip install $$($(RANGES) torch)
+	DS_BUILD_OPS=0 $(PY) -m pip install --no-build-isolation $$($(RANGES) deepspeed)
+	@touch $@
+
+$(INSTALLED): $(DEPENDENCIES) $(NATIVE)
+	$(PY) -m pip install --no-build-isolation -e '.[test,quickstart]'
+	@touch $@
+
+quickstart: setup
+	@set -e; start=$$(date +%s); \
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} PATH="$(abspath $(VENV))/bin:$$PATH"; \
+	python launch/prepare_data.py quickstart; \
+	prepared=$$(date +%s); \
+	deepspeed launch/train.py --config quickstart.yaml; \
+	python launch/report.py --run runs/quickstart; \
+	end=$$(date +%s); \
+	echo "data and weights: $$((prepared - start)) s; training, evaluation and report: $$((end - prepared)) s"
+
+test: setup
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest
+
+bench: setup
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m kernels.bench $(OP)
+
+lint: setup
+	@$(PY) -m ruff check .

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in the input, which the user can fix: its message names the key or file, what was found, what was expected, and the fix."""
+    """A mistake in the input: its message names the key or file, what was found, what was expected, and the fix."""
 
 
 class TrainingError(RuntimeError):

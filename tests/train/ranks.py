@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["deepspeed", "wsss_dist.trainer", "tests.train.tiny"])
 

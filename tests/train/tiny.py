@@ -23,9 +23,9 @@ class Config(StrictModel):
     dropout: float = 0.1
     # step from which the second branch has a loss
     branch_from: int = 3
-    # the loss is this value at this step, on rank 1's samples too
+    # step whose loss is bad on one sample: of two ranks it is in the first micro batch of rank 1
     bad_step: int | None = None
-    bad_id: str = "s5"
+    bad_id: str = "s3"
     # what is bad: a NaN or infinite loss, or a gradient that overflows though the loss is finite
     bad: str = "nan"
 

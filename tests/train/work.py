@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,3 +72,33 @@ def interrupted(values: dict, root: Path, stop: int) -> tuple[list[float], str]:
     start = checkpoints(values, root).resume(second)
     assert start == stop
     return losses + steps_of(second, start, second.cfg.train.steps), digest(second)
+
+
+def train_until_error(values: dict) -> tuple[str, str, bool]:
+    """Class and text of the error that ends a run, and whether the weights are those from before the failing step."""
+    engine = make_engine(values)
+    bad = engine.cfg.method.bad_step
+    steps_of(engine, 0, bad)
+    before = digest(engine)
+    try:
+        steps_of(engine, bad, bad + 1)
+    except Exception as error:
+        return type(error).__name__, str(error), digest(engine) == before
+    raise AssertionError("the step went through")
+
+
+def skip_one(values: dict) -> tuple[str, str, str, list[float]]:
+    """Digests before and after the bad step and after the next, and the losses of the rest of the run."""
+    engine = make_engine(values)
+    bad = engine.cfg.method.bad_step
+    steps_of(engine, 0, bad)
+    digests = [digest(engine)]
+    for step in (bad, bad + 1):
+        steps_of(engine, step, step + 1)
+        digests.append(digest(engine))
+    return *digests, steps_of(engine, bad + 2, bad + 4)
+
+
+def each(function: Callable, cases: list, *args: object) -> list:
+    """`function` of every case, in one process: starting one costs more than a short run."""
+    return [function(case, *args) for case in cases]

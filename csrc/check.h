@@ -1,6 +1,6 @@
 // Checks that the bindings share. The Python side has checked ranges already; these guard direct calls of torch.ops.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace wsss {
 

@@ -58,7 +58,9 @@ def configure(default: str = "auto", **per_op: str) -> None:
         if key != "default" and key not in _implementations:
             raise ValueError(f"kernels.configure: unknown op {key!r}; ops: {', '.join(sorted(_implementations))}")
         if name not in (*BACKENDS, "auto"):
-            raise ValueError(f"kernels.configure: unknown backend {name!r} for {key}; known: auto, {', '.join(BACKENDS)}")
+            raise ValueError(
+                f"kernels.configure: unknown backend {name!r} for {key}; known: auto, {', '.join(BACKENDS)}"
+            )
     _settings.clear()
     _settings.update(default=default, **per_op)
 

@@ -40,10 +40,14 @@ def same_device(op: str, **tensors: Tensor) -> None:
     """All tensors live on one device."""
     devices = {name: x.device for name, x in tensors.items()}
     if len(set(devices.values())) > 1:
-        raise ValueError(f"{op}: tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+        raise ValueError(
+            f"{op}: tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in devices.items())
+        )
 
 
-def number(op: str, name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open: bool = False) -> None:
+def number(
+    op: str, name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open: bool = False
+) -> None:
     """`value` is a finite number in [low, high], or in (low, high) if `open`."""
     inside = math.isfinite(value) and (low < value < high if open else low <= value <= high)
     if not inside:

@@ -1,5 +1,6 @@
 // Schema of wsss::par and its CPU implementation.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -1,5 +1,6 @@
 // wsss::par on CUDA: checks, allocation, stream; the kernels are in par_cuda.cu.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

@@ -22,7 +22,7 @@ def _filter(image: Tensor, planes: Tensor, sigma_xy: float, sigma_rgb: float, sc
 
 
 class GatedEnergy(torch.autograd.Function):
-    """One filtering for the value and the gradient; the gradient is the convention of the method, not the derivative."""
+    """One filtering for the value and the gradient; the gradient is the convention in the doc of the op."""
 
     @staticmethod
     def forward(ctx, probs, image, roi, gate, sigma_xy, sigma_rgb, scale):

@@ -13,7 +13,7 @@ from kernels.par import reference
 def _native(image: Tensor, maps: Tensor, dilations: tuple[int, ...], iterations: int) -> Tensor:
     if torch.float64 in (image.dtype, maps.dtype):
         raise TypeError("par: the native backend computes in fp32; use backend='reference' for float64")
-    place = reference.position_weights(dilations).tolist()
+    place = reference.position_weights(dilations)
     return torch.ops.wsss.par(image.float(), maps.float(), list(dilations), place, iterations)
 
 
@@ -39,7 +39,7 @@ def par(
 
     image       [B, 3, H, W], in [0, 1], fp32, bf16 or fp16 (fp64: reference alone).
     maps        [B, C, H, W], any range; all C share the weights of their image.
-    dilations   distances of the taps in pixels, each >= 1; neighbours beyond the border are clamped to it.
+    dilations   1 to 32 distances of the taps in pixels, each >= 1; neighbours beyond the border are clamped to it.
     iterations  number of sweeps, >= 0.
     Returns [B, C, H, W] float32 (float64 for float64 inputs), without gradient. The weights of a pixel sum to 1.01,
     so a constant map grows by that factor per sweep.
@@ -51,8 +51,8 @@ def par(
     checks.floating("par", image=image, maps=maps)
     checks.same_device("par", image=image, maps=maps)
     dilations = tuple(int(d) for d in dilations)
-    if not dilations or min(dilations) < 1:
-        raise ValueError(f"par: dilations must be one or more integers >= 1, got {dilations}")
+    if not 1 <= len(dilations) <= 32 or min(dilations) < 1:
+        raise ValueError(f"par: dilations must be 1 to 32 integers >= 1, got {dilations}")
     if iterations < 0:
         raise ValueError(f"par: iterations must be >= 0, got {iterations}")
     return choose("par", image.device, backend)(image.detach(), maps.detach(), dilations, iterations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,15 @@ def offsets(dilations: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(d * dy, d * dx) for d in dilations for dy, dx in DIRECTIONS]
 
 
-def position_weights(dilations: tuple[int, ...]) -> Tensor:
-    """POSITION_SHARE * softmax over the offsets of -(q / (0.3 std(q)))^2, float64 [n]; q is the offset's length."""
-    q = torch.tensor(offsets(dilations), dtype=torch.float64).pow(2).sum(1).sqrt()
-    return POSITION_SHARE * torch.softmax(-((q / ((q.std() + EPS) * WEIGHT_POSITION)) ** 2), dim=0)
+def position_weights(dilations: tuple[int, ...]) -> list[float]:
+    """POSITION_SHARE * softmax over the offsets of -(q / (0.3 std(q)))^2; q is the length of the offset."""
+    lengths = [math.hypot(dy, dx) for dy, dx in offsets(dilations)]
+    mean = sum(lengths) / len(lengths)
+    std = math.sqrt(sum((q - mean) ** 2 for q in lengths) / (len(lengths) - 1))
+    powers = [-((q / ((std + EPS) * WEIGHT_POSITION)) ** 2) for q in lengths]
+    top = max(powers)
+    exps = [math.exp(v - top) for v in powers]
+    return [POSITION_SHARE * e / sum(exps) for e in exps]
 
 
 def neighbours(x: Tensor, shifts: list[tuple[int, int]]) -> Tensor:
@@ -41,8 +48,8 @@ def weights(image: Tensor, dilations: tuple[int, ...]) -> Tensor:
     near = neighbours(image, offsets(dilations))
     sigma = near.std(dim=2, keepdim=True)
     colour = -(((near - image.unsqueeze(2)) / ((sigma + EPS) * WEIGHT_COLOUR)) ** 2).mean(dim=1)
-    place = position_weights(dilations).to(colour)
-    return colour.softmax(dim=1) + place[None, :, None, None]
+    place = torch.tensor(position_weights(dilations), dtype=colour.dtype, device=colour.device)
+    return colour.softmax(dim=1) + place[:, None, None]
 
 
 @torch.no_grad()

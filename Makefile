@@ -31,7 +31,7 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; use make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV) \
-		|| { echo "error: no virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+		|| { rm -f $(PY); echo "error: no virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 
 # DeepSpeed asks torch what it can build, so torch comes first; DS_BUILD_OPS=0: it compiles nothing now.
 $(DEPENDENCIES): pyproject.toml | $(PY)

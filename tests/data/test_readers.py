@@ -79,12 +79,15 @@ def test_coco_mask_folder_is_preferred(tmp_path):
 
 
 def test_untagged_images_are_kept_or_dropped(tmp_path):
-    root = sets.write_coco(tmp_path)
+    content = sets.coco_content()
+    content["images"].reverse()  # the untagged one comes first, so that dropping it moves the others
+    root = sets.write_coco(tmp_path, content)
     kept = build_dataset(sets.config(root), "train")
     dropped = build_dataset(sets.config(root, untagged="drop"), "train")
     assert len(kept) == 3
-    assert [dropped.id(i) for i in range(len(dropped))] == ["007", "005"]
-    assert (dropped.mask(1) == kept.mask(1)).all()
+    assert [dropped.id(i) for i in range(len(dropped))] == ["005", "007"]
+    assert dropped.tags.tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert all((dropped.mask(i) == kept.mask(i + 1)).all() and dropped.mask(i).any() for i in range(2))
 
 
 def test_voc_tags_include_difficult_objects_and_no_parts(tmp_path):

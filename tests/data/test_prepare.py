@@ -312,6 +312,8 @@ def test_another_version_is_a_warning_that_names_both(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "_run", lambda command, folder: (folder / "stamps_2.0_all.deb").write_bytes(b"new"))
     assert fetch.fetch(PACKAGE, tmp_path, said.append).name == "stamps_2.0_all.deb"
     assert "warning: stamps came as stamps_2.0_all.deb, the recipe was written for stamps_1.0_all.deb" in said[-1]
+    monkeypatch.setattr(fetch, "_run", lambda command, folder: None)  # the client finds it there already
+    assert fetch.fetch(PACKAGE, tmp_path, said.append).name == "stamps_2.0_all.deb"
 
 
 def test_unpacking_cannot_leave_its_folder(tmp_path):

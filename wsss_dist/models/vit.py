@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from wsss_dist.errors import UserError
@@ -75,8 +76,7 @@ class ViT(nn.Module):
 
     def __init__(self, cfg: BackboneConfig, num_class_tokens: int):
         super().__init__()
-        model = create_backbone(cfg.name, cfg.weights, dynamic_img_size=True)
-        _check_plain_vit(model, cfg)
+        model = _create_plain_vit(cfg)
         self.cfg = cfg
         self.depth = len(model.blocks)
         self.dim = model.embed_dim
@@ -197,9 +197,15 @@ def _block(block: nn.Module, x: Tensor, readers: int, value_only: bool) -> Tenso
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
-def _check_plain_vit(model: nn.Module, cfg: BackboneConfig) -> None:
-    parts = ("patch_embed", "blocks", "norm", "norm_pre", "cls_token", "pos_embed")
-    plain = all(getattr(model, part, None) is not None for part in parts)
+def _create_plain_vit(cfg: BackboneConfig) -> nn.Module:
+    """The timm model of a config, refused where it is something else than a plain ViT or the config does not fit it."""
+    try:
+        model = create_backbone(cfg.name, cfg.weights, dynamic_img_size=True)
+    except TypeError:  # the architecture takes no dynamic_img_size
+        model = None
+    parts = ("blocks", "norm", "norm_pre", "cls_token", "pos_embed")
+    plain = model is not None and all(getattr(model, part, None) is not None for part in parts)
+    plain = plain and isinstance(model.patch_embed, PatchEmbed)
     plain = plain and all(hasattr(b, "norm1") and hasattr(getattr(b, "attn", None), "qkv") for b in model.blocks)
     plain = plain and all(getattr(b.attn, "gate", None) is None for b in model.blocks)
     if not plain:
@@ -214,3 +220,4 @@ def _check_plain_vit(model: nn.Module, cfg: BackboneConfig) -> None:
         )
     if cfg.token_cache and not cfg.frozen_blocks:
         raise UserError("config: 'backbone.token_cache' needs 'backbone.frozen_blocks' > 0: it stores what these put out")
+    return model

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_FEATURE = 1e5  # beyond it float32 cannot tell the cells apart
+TOO_SMALL = "lattice: the features span too many cells; the standard deviations are too small for this image"
+
 
 def _simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """features [d, n] -> nearest remainder-0 vertex [d+1, n] int64, ranks [d+1, n] int64, barycentric [d+1, n]."""
@@ -54,11 +57,14 @@ class Lattice:
     """The lattice around one set of points; build once, filter often.
 
     features [n, d] float32 or float64, already divided by the standard deviations, finite.
-    Raises ValueError when the features span too many cells for 63-bit keys (a standard deviation far too small).
+    Raises ValueError when the features span too many cells for float32 or for 63-bit keys (a standard deviation far too
+    small: a colour deviation below about 0.3 grey levels).
     """
 
     def __init__(self, features: Tensor):
         n, d = features.shape
+        if features.abs().amax() > MAX_FEATURE:
+            raise ValueError(TOO_SMALL)
         vertex, rank, barycentric = _simplex(features.t().contiguous())
         strides, step = self._strides(vertex[:d], d)
         order_stride = torch.zeros_like(rank).scatter_(0, rank, strides[:, None].expand(-1, n).contiguous())
@@ -79,9 +85,7 @@ class Lattice:
             strides.append(size)
             size *= e
         if size >= 2**63:
-            raise ValueError(
-                "lattice: the features span too many cells for 63-bit keys; the standard deviations are too small"
-            )
+            raise ValueError(TOO_SMALL)
         return torch.tensor([*strides, 0], dtype=torch.int64, device=vertex.device), sum(strides)
 
     def _index(self, codes: Tensor, barycentric: Tensor, strides: Tensor, step: int) -> None:

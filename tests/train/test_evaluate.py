@@ -80,12 +80,12 @@ def blocks_image(rng, size):
 class Colours(BaseMethod):
     """CAM of class c = channel c; logits = the channels and a constant background. No weights matter."""
 
-    def __init__(self, seg=True, extras=False):
+    def __init__(self, seg=True, extras=False, gain=1.0):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.frozen = torch.nn.Dropout()
         self.frozen.eval()
-        self.seg, self.extras, self.seen, self.modes = seg, extras, [], []
+        self.seg, self.extras, self.gain, self.seen, self.modes = seg, extras, gain, [], []
 
     def predict(self, batch, *, cam_scales, seg_scales, fuse, step=None):
         assert not torch.is_grad_enabled()
@@ -93,7 +93,8 @@ class Colours(BaseMethod):
         self.modes.append(self.training)
         torch.rand(3)  # an evaluation that draws random numbers must not disturb the training's
         cam = torch.sigmoid(batch.images) * batch.labels[:, :, None, None]
-        logits = torch.cat([torch.full_like(batch.images[:, :1], 0.2), batch.images], 1) if self.seg else None
+        logits = self.gain * torch.cat([torch.full_like(batch.images[:, :1], 0.2), batch.images], 1)
+        logits = logits if self.seg else None
         extras = {"crme": cam, "pseudo": cam.argmax(1) + 1} if self.extras else {}
         return Prediction(cam=cam, logits=logits, extras=extras)
 
@@ -263,12 +264,12 @@ def test_crf_gets_the_unary_of_the_specification(colours, tmp_path, monkeypatch)
 
     monkeypatch.setattr(kernels, "dense_crf", fake, raising=False)
     crf = CRFConfig(iterations=4)
-    result = evaluate_splits(Colours(), config(crf=crf, val_limit=1), ["val"], tmp_path, 1)["val"]
+    result = evaluate_splits(Colours(gain=20.0), config(crf=crf, val_limit=1), ["val"], tmp_path, 1)["val"]
     unary, image, kwargs = calls[0]
     assert kwargs == {"spatial": (2.0, 1.0), "bilateral": (140.0, 1.0, 7.0), "iterations": 4, "mode": "fast"}
     assert image.dtype == torch.uint8 and np.array_equal(image[0].permute(1, 2, 0).numpy(), colours.image(0))
     assert unary.shape == (1, 4, *colours.mask(0).shape)
-    assert 0 <= unary.min() and unary.max() <= -np.log(1e-5) + 1e-5  # one float32 rounding of ln
+    assert unary.min() >= 0 and unary.max().item() == pytest.approx(-np.log(1e-5), abs=1e-5)  # float32 rounding of ln
     assert result["seg_crf"] != result["seg"]
 
 

@@ -70,6 +70,14 @@ def test_class_in_neither_is_nan_and_not_in_the_mean():
     assert m.summary()["iou_per_class"] == [1.0, 1.0, None]
 
 
+def test_mean_is_over_the_classes_of_the_truth():
+    only_predicted = ConfusionMatrix(3, torch.tensor([[6, 0, 2], [1, 3, 0], [0, 0, 0]]))
+    assert only_predicted.iou().tolist() == [6 / 9, 0.75, 0.0]
+    assert only_predicted.miou() == pytest.approx((6 / 9 + 0.75) / 2, rel=1e-15)
+    only_in_truth = ConfusionMatrix(3, torch.tensor([[6, 1, 0], [0, 3, 0], [2, 0, 0]]))
+    assert only_in_truth.miou() == pytest.approx((6 / 9 + 0.75 + 0.0) / 3, rel=1e-15)
+
+
 def test_empty_matrix_is_nan_not_a_number():
     assert math.isnan(ConfusionMatrix(3).miou())
     assert ConfusionMatrix(3).summary()["miou"] is None

@@ -3,14 +3,17 @@ also without gradient, a frozen layer, a branch without gradient until later, bu
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsss_dist import dist
 from wsss_dist.data.batch import Batch
-from wsss_dist.methods.base import BaseMethod
+from wsss_dist.methods.base import BaseMethod, Prediction
 from wsss_dist.schema import StrictModel
 
 C = 3
@@ -28,6 +31,8 @@ class Config(StrictModel):
     bad_id: str = "s3"
     # what is bad: a NaN or infinite loss, or a gradient that overflows though the loss is finite
     bad: str = "nan"
+    # step after which the last rank gets a SIGTERM
+    signal_step: int | None = None
 
 
 class _Overflow(torch.autograd.Function):
@@ -74,8 +79,14 @@ class Method(BaseMethod):
         return {"loss": loss, "tag": tag.detach()}
 
     def after_step(self, step: int) -> None:
+        if step == self.cfg.signal_step and dist.rank() == dist.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.count += 1
         self.mean.mul_(0.9).add_(0.1 / (step + 1))
+
+    def predict(self, batch: Batch, **_: object) -> Prediction:
+        score = torch.sigmoid(self.head(self.features(batch.images)).float())[:, :, None, None]
+        return Prediction((score * batch.labels[:, :, None, None]).expand(-1, -1, *batch.images.shape[2:]))
 
     def param_groups(self) -> list[dict]:
         slow = [*self.body.parameters(), *self.norm.parameters(), self.scale]

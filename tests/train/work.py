@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from wsss_dist import dist
 from wsss_dist.checkpoint import Checkpoints
 from wsss_dist.config import parse_config
 from wsss_dist.engine import Engine, build_engine
+from wsss_dist.errors import CheckpointError  # noqa: F401  for the tests
 
 
 def digest(engine: Engine) -> str:
@@ -60,11 +62,10 @@ def checkpoints(values: dict, root: Path, **options: object) -> Checkpoints:
 
 
 def interrupted(values: dict, root: Path, stop: int) -> tuple[list[float], str]:
-    """Like `train`, but saved after `stop` steps and gone on with by a second engine of other weights."""
+    """Like `train`, but saved after `stop` steps and gone on with by a second engine, its buffers spoilt."""
     engine = make_engine(values)
     losses = steps_of(engine, 0, stop)
     checkpoints(values, root).save(engine, stop)
-    values = {**values, "run": {**values["run"], "seed": values["run"]["seed"]}}
     second = make_engine(values)
     with torch.no_grad():
         for buffer in second.module.buffers():
@@ -102,3 +103,29 @@ def skip_one(values: dict) -> tuple[str, str, str, list[float]]:
 def each(function: Callable, cases: list, *args: object) -> list:
     """`function` of every case, in one process: starting one costs more than a short run."""
     return [function(case, *args) for case in cases]
+
+
+def resume_both(values: dict, root: Path, stop: int) -> tuple[tuple, tuple]:
+    """The uninterrupted run and the interrupted one."""
+    return train(values), interrupted(values, root / str(values["train"]), stop)
+
+
+def save(values: dict, root: Path, *at: int, limit: int | None = None, **options: object) -> str:
+    """Train, saving after the steps `at`; digest at the last. `limit`: largest file in bytes at the last."""
+    engine, stored = make_engine(values), checkpoints(values, root, **options)
+    done = 0
+    for step in at:
+        steps_of(engine, done, step)
+        if limit is not None and step == at[-1] and dist.rank() == dist.world_size() - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        stored.save(engine, step)
+        done = step
+    return digest(engine)
+
+
+def resume(values: dict, root: Path, **options: object) -> tuple[int, str, list[str]]:
+    """Step and digest that a resume ends with, and what it reported."""
+    said: list[str] = []
+    engine = make_engine(values)
+    start = checkpoints(values, root, report=said.append, **options).resume(engine)
+    return start, digest(engine), said

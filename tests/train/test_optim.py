@@ -1,0 +1,57 @@
+"""Learning rates against numbers worked out by hand, and the groups of the optimiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.train import tiny
+from wsss_dist.optim import OptimConfig, build_optimizer, lr_factor, set_lr
+
+VOC = OptimConfig(lr=3e-5)  # PCRE on VOC: 1500 warm-up steps from ratio 1e-6, poly 0.9 over 20000 steps
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 1e-6),
+        (1, 1 / 1500 + 1e-6 * 1499 / 1500),
+        (750, 0.5000005),
+        (1499, 1 - (1 - 1e-6) / 1500),
+        (1500, 0.932239),  # 0.925^0.9 = exp(0.9 ln 0.925) = exp(-0.0701654): the jump of the released code
+        (10000, 0.535887),  # 0.5^0.9 = exp(-0.6238325)
+        (19999, 1.346087e-4),  # (1/20000)^0.9 = exp(-8.9131388)
+    ],
+)
+def test_poly_with_warm_up(step, expected):
+    assert lr_factor(step, VOC, 20000) == pytest.approx(expected, rel=2e-6)
+
+
+def test_cosine_and_constant():
+    cosine = OptimConfig(lr=1, schedule="cosine", warmup_steps=100, warmup_ratio=0.1)
+    assert lr_factor(50, cosine, 1100) == pytest.approx(0.55)
+    assert [lr_factor(s, cosine, 1100) for s in (100, 350, 600)] == pytest.approx([1, 0.5 * (1 + 0.5**0.5), 0.5])
+    constant = OptimConfig(lr=1, schedule="constant", warmup_steps=0)
+    assert lr_factor(0, constant, 10) == lr_factor(9, constant, 10) == 1
+
+
+def test_groups():
+    method = tiny.Method(tiny.Config(), tiny.C, 10)
+    optimizer = build_optimizer(method, method.param_groups(), VOC)
+    assert set_lr(optimizer.param_groups, 750, VOC, 20000) == pytest.approx(3e-5 * 0.5000005)
+    assert [g["lr"] / 3e-5 for g in optimizer.param_groups] == pytest.approx([0.5000005, 5.000005])
+    assert all(g["weight_decay"] == 0.01 for g in optimizer.param_groups)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in method.parameters())
+
+
+def test_a_parameter_forgotten_doubled_or_frozen_is_an_error():
+    method = tiny.Method(tiny.Config(), tiny.C, 10)
+    slow, fast = method.param_groups()
+    with pytest.raises(ValueError, match="no group.*: branch.bias, branch.weight, head.bias, head.weight"):
+        build_optimizer(method, [slow], VOC)
+    with pytest.raises(ValueError, match="'head.weight' is in two groups, again in 'fast'"):
+        build_optimizer(method, [slow, fast, fast], VOC)
+    with pytest.raises(ValueError, match="frozen or foreign parameter 'frozen.weight' in group 'f'"):
+        build_optimizer(method, [{"name": "f", "params": list(method.frozen.parameters()), "lr_mult": 1.0}], VOC)
+    with pytest.raises(ValueError, match="foreign parameter 'a tensor outside"):
+        build_optimizer(method, [{"name": "f", "params": [torch.nn.Parameter(torch.ones(1))], "lr_mult": 1.0}], VOC)

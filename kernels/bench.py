@@ -1,87 +1,88 @@
-"""Time the operators: `python -m kernels.bench [op ...] [--device cuda]`.
+"""`python -m kernels.bench [op ...] [--device cpu|cuda] [--json FILE]`: check against the reference, then time.
 
-Each `kernels/<op>/bench.py` names the function, its CASES (name -> arguments, at shapes the trainer uses) and the
-largest difference from the reference that is allowed. Every backend is checked against the reference first; a wrong one
-is not timed, and the exit status is then 1.
+Each backend that can run is first compared with the fp64 reference; one that is off is reported and not timed, and the
+exit status is 1. Backends are timed in turn (A B B A ...), so that a change of the machine's load meets all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from torch import Tensor
 
-import kernels
+from kernels.backend import available_backends
 
-
-def benchmarked_ops() -> list[str]:
-    """Names of the operators that have a bench.py."""
-    return sorted(p.parent.name for p in Path(__file__).parent.glob("*/bench.py"))
+ROUNDS = 5
+OPS = sorted(path.parent.name for path in Path(__file__).parent.glob("*/bench.py"))
 
 
-def time_ms(functions: dict[str, Callable[[], Tensor]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each call; the functions take turns, so that a busy machine slows all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def bench_op(op: str, module: ModuleType, device: torch.device, repeats: int) -> bool:
-    """Check, time and print every case of one operator; False where a backend differs from the reference."""
-    right = True
-    for case, arguments in module.CASES.items():
-        torch.manual_seed(0)
-        values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments().items()}
-        expected = module.FUNCTION(**values, backend="reference")
-        functions: dict[str, Callable[[], Tensor]] = {}
-        for backend in kernels.available_backends(op, device):
-            function = lambda backend=backend: module.FUNCTION(**values, backend=backend)  # noqa: E731, B023
-            difference = (function() - expected).abs().max().item()
-            if not difference <= module.TOLERANCE:  # a NaN is wrong too
-                print(f"{op:<22} {case:<22} {backend:<10} WRONG: differs from the reference by {difference:.3g}")
-                right = False
-                continue
-            functions[backend] = function
-        times = time_ms(functions, device, repeats)
-        base = statistics.median(times["reference"])
-        for backend, ms in times.items():
-            median = statistics.median(ms)
-            print(f"{op:<22} {case:<22} {backend:<10} {min(ms):>10.2f} {median:>10.2f} {base / median:>8.1f}x")
-    return right
+def seconds(function, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def bench_case(op: str, case: str, device: torch.device) -> dict:
+    """Errors and median times in milliseconds of every backend; `red` names those that are wrong."""
+    cases = importlib.import_module(f"kernels.{op}.bench")
+    backends = available_backends(op, device)
+    errors = {b: cases.check(case, device, b) for b in backends}
+    red = [b for b in backends if not errors[b] <= cases.TOLERANCE]
+    runs = {b: cases.run(case, device, b) for b in backends if b not in red}
+    times = {b: [] for b in runs}
+    for turn in range(ROUNDS):
+        for b in list(runs)[:: 1 if turn % 2 == 0 else -1]:
+            times[b].append(seconds(runs[b], device))
+    medians = {b: 1e3 * statistics.median(t) for b, t in times.items()}
+    return {"op": op, "case": case, "errors": errors, "red": red, "median_ms": medians}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time the operators.", allow_abbrev=False)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"one of {', '.join(benchmarked_ops())}; default all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args(arguments)
-    unknown = sorted(set(args.ops) - set(benchmarked_ops()))
-    if unknown:
-        parser.error(f"no benchmark for {', '.join(unknown)}; there are: {', '.join(benchmarked_ops())}")
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
-    print(f"{'op':<22} {'case':<22} {'backend':<10} {'min ms':>10} {'median ms':>10} {'faster':>9}")
-    modules = {op: importlib.import_module(f"kernels.{op}.bench") for op in args.ops or benchmarked_ops()}
-    right = [bench_op(op, module, device, args.repeats) for op, module in modules.items()]
-    return 0 if all(right) else 1
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("op", nargs="*", choices=[*OPS, []], help=f"any of: {', '.join(OPS)}; default: all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device")
+    device = torch.device(options.device)
+    result = {"machine": machine(device), "rows": []}
+    print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
+    for op in options.op or OPS:
+        for case in importlib.import_module(f"kernels.{op}.bench").SHAPES:
+            row = bench_case(op, case, device)
+            result["rows"].append(row)
+            base = row["median_ms"].get("reference")
+            for backend, error in row["errors"].items():
+                if backend in row["red"]:
+                    print(f"{op} {case} {backend}: WRONG by {error:.1e}, not timed")
+                else:
+                    ms = row["median_ms"][backend]
+                    ratio = f", {base / ms:.1f}x the reference" if base else ""
+                    print(f"{op} {case} {backend}: {ms:.2f} ms{ratio}, error {error:.1e}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return int(any(row["red"] for row in result["rows"]))
 
 
 if __name__ == "__main__":

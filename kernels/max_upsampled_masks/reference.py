@@ -56,16 +56,17 @@ class MaxUpsampled(torch.autograd.Function):
     def backward(ctx, grad):
         logits, pairs, winner, disc = ctx.saved_tensors
         h, w = ctx.grid
-        pair, y, x = (winner >= 0).nonzero().unbind(1)  # where the mask is 0 the gradient is 0, whatever came in
-        flow = grad[pair, y, x].to(accumulate_dtype(logits))
-        row = pairs[pair, 0] * (h * w) + winner[pair, y, x].long()
+        won = winner >= 0  # where the map is 0 the gradient is 0, whatever came in
+        flow = torch.where(won, grad, 0).to(accumulate_dtype(logits))
+        row = (pairs[:, :1, None] * (h * w) + winner.clamp_min(0)) * (h * w)
         y0, y1, wy0, wy1 = axis_taps(h, ctx.size[0], flow)
         x0, x1, wx0, wx1 = axis_taps(w, ctx.size[1], flow)
         total = flow.new_zeros(logits.numel())
         for ys, wy in ((y0, wy0), (y1, wy1)):
             for xs, wx in ((x0, wx0), (x1, wx1)):
-                cell = row * (h * w) + ys[y] * w + xs[x]
-                total.index_put_((cell,), flow * wy[y] * wx[x], accumulate=True)  # deterministic on every device
+                cell = row + (ys[:, None] * w + xs)
+                # index_put_ adds in a fixed order on every device
+                total.index_put_((cell.flatten(),), (flow * (wy[:, None] * wx)).flatten(), accumulate=True)
         total = total.view(logits.shape)
         probability = torch.sigmoid(logits.to(total.dtype))
         total = total * probability * (1 - probability)

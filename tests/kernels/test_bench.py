@@ -1,39 +1,30 @@
-"""The benchmark refuses to time what is wrong."""
+"""The benchmark checks before it times, and refuses to time what is wrong."""
 
-from types import SimpleNamespace
+import json
 
 import pytest
-import torch
 
-from kernels import bench
-
-
-def test_every_op_with_a_benchmark_runs(capsys):
-    assert bench.benchmarked_ops()
-    module = SimpleNamespace(
-        FUNCTION=bench.kernels.par,
-        TOLERANCE=1e-5,
-        CASES={"small": lambda: {"image": torch.rand(1, 3, 9, 9), "maps": torch.rand(1, 2, 9, 9)}},
-    )
-    assert bench.bench_op("par", module, torch.device("cpu"), 1)
-    assert "reference" in capsys.readouterr().out
+from kernels import available_backends, bench
+from kernels.par import bench as par_bench
 
 
-def test_a_wrong_backend_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(bench.kernels, "available_backends", lambda op, device: ["reference", "native"])
-    calls = []
-
-    def function(x, backend):
-        calls.append(backend)
-        return x * float("nan") if backend == "native" else x
-
-    module = SimpleNamespace(FUNCTION=function, TOLERANCE=1.0, CASES={"small": lambda: {"x": torch.ones(2)}})
-    assert not bench.bench_op("par", module, torch.device("cpu"), 3)
-    out = capsys.readouterr().out
-    assert "WRONG" in out and calls.count("native") == 1 and calls.count("reference") == 5
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(par_bench, "SHAPES", {"tiny": (1, 2, 9, 8)})
+    monkeypatch.setattr(bench, "ROUNDS", 2)
 
 
-def test_unknown_op_is_named(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["parr"])
-    assert "no benchmark for parr" in capsys.readouterr().err
+def test_times_every_backend(tmp_path, capsys):
+    assert bench.main(["par", "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["machine"]) == {"device", "threads", "torch"}
+    (row,) = result["rows"]
+    assert set(row["median_ms"]) == set(available_backends("par", "cpu")) and row["red"] == []
+    assert "the reference" in capsys.readouterr().out
+
+
+def test_wrong_backends_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(par_bench, "check", lambda name, device, backend: float("nan"))
+    monkeypatch.setattr(par_bench, "run", lambda *_: pytest.fail("timed a wrong op"))
+    assert bench.main(["par"]) == 1
+    assert "WRONG" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Backend selection, and the place the package is imported from."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,23 @@ def test_configure_replaces_earlier_settings():
     kernels.configure("auto", par="reference")
     kernels.configure("auto")
     assert backend._settings == {"default": "auto"}
+
+
+def test_package_works_without_the_native_module():
+    code = (
+        "import sys; sys.modules['kernels._C'] = None\n"
+        "import torch, kernels\n"
+        "assert kernels.available_backends('par', 'cpu') == ['reference']\n"
+        "image, maps = torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4)\n"
+        "kernels.par(image, maps)\n"
+        "try: kernels.par(image, maps, backend='native')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kernels._C is not usable" in done.stdout and "available: reference" in done.stdout
+
+
+def test_an_older_native_module_is_named(monkeypatch):
+    monkeypatch.setattr(backend, "NATIVE_PROBLEM", None)
+    assert "built from older sources, without no_such_op" in backend.native_problem("no_such_op")

@@ -1,7 +1,9 @@
 """The native sources: every CUDA file compiles for sm_90 without a torch header and without a warning."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,22 @@ def test_cuda_compiles_for_sm_90(path, tmp_path):
 def test_kernels_need_no_torch(path):
     text = path.read_text()
     assert "ATen" not in text and "torch/" not in text
+
+
+def setup_says(**environment):
+    """Exit status and messages of setup.py when it does nothing but look around."""
+    command = [sys.executable, "setup.py", "--name"]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=CSRC.parent, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_setup_without_a_compiler_still_installs():
+    code, text = setup_says(CXX="no-such-compiler")
+    assert code == 0 and "installing without kernels._C, the native backend: no C++ compiler" in text
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_setup_refuses_a_wrong_switch():
+    code, text = setup_says(WSSS_CUDA="yes")
+    assert code != 0 and "WSSS_CUDA must be 0 or 1, got 'yes'" in text

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import yaml
 from pydantic import Field
@@ -129,7 +130,7 @@ def _header(result: dict[str, Any]) -> str:
     after = f" after step {max(steps)}" if steps else ""
     return (
         f"<h1>{escape(result['name'])}</h1>\n" + "\n".join(notes) + f"\n<p>Method <b>{escape(result['method'])}</b>, "
-        f"seed {result['seed']}, trained from image tags and evaluated{after} ({splits}).</p>"
+        f"seed {result['seed']}, trained with image tags as the labels, evaluated{after} ({splits}).</p>"
     )
 
 
@@ -201,7 +202,7 @@ def _pictures(run_dir: Path, result: dict[str, Any], split: str, pictures: Path)
         samples = [dict(np.load(f)) for f in files[start : start + ROWS_PER_SHEET]]
         path = pictures / f"samples_{split.replace('/', '_')}_{number}.png"
         report_plots.sample_sheet(samples, result["class_names"], path)
-        parts.append(_image(path, f"images of {split} beside CAM, masks, labels and truth"))
+        parts.append(_image(path, f"images of {split} beside CAM, masks, labels and truth", photographs=True))
     return "\n".join(parts)
 
 
@@ -293,9 +294,13 @@ def _swatch(class_id: int) -> str:
     return f'<svg width="12" height="12"><rect width="12" height="12" fill="{colour}"/></svg> '
 
 
-def _image(path: Path, alt: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+def _image(path: Path, alt: str, photographs: bool = False) -> str:
+    """The picture inside the page; photographs as JPEG, a sixth of the size, so that the page can be mailed."""
+    data, kind = path.read_bytes(), "png"
+    if photographs:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        data, kind = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes(), "jpeg"
+    return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{escape(alt)}">'
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:

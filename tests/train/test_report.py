@@ -98,7 +98,7 @@ def test_report_stands_alone_and_says_what_it_is(tmp_path):
     add_logs(run)
     text = build_report(run).read_text()
     page = Page(text)
-    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert page.links and all(re.match("data:image/(png|jpeg);base64,", link) for link in page.links)
     assert "script" not in page.seen and "link" not in page.seen and "http" not in re.sub('base64,[^"]*', "", text)
     body = text[text.index("<body>") :]
     assert re.search(r"<p[^>]*>([^<]*)", body).group(1) == "The scenes are composed.", "the first sentence"

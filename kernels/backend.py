@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "native", "triton")
 
 # What `auto` tries, first to last. An op or a device not listed here has its reference alone.
@@ -37,9 +38,6 @@ def native_problem(op: str) -> str | None:
     if NATIVE_PROBLEM is None and not hasattr(torch.ops.wsss, op):
         return f"kernels._C was built from older sources, without {op}; build it again"
     return NATIVE_PROBLEM
-
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def register(op: str, **implementations: Callable) -> None:

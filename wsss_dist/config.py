@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
 from wsss_dist.data import DataConfig
-from wsss_dist.engine import check_deepspeed_section
+from wsss_dist.ds_config import check_deepspeed_section
 from wsss_dist.errors import UserError
 from wsss_dist.evaluate import EvalConfig
 from wsss_dist.methods import load_method

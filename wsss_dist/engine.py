@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from wsss_dist import dist
 from wsss_dist.data.batch import Batch
-from wsss_dist.errors import TrainingError, UserError
+from wsss_dist.ds_config import ds_config
+from wsss_dist.errors import TrainingError
 from wsss_dist.optim import build_optimizer, set_lr
 
 if TYPE_CHECKING:
@@ -31,57 +32,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 _STATE = "engine.pt"
-# DeepSpeed key -> the key of ours that decides it
-_OWNED = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch, train.micro_batch and the number of ranks",
-    "gradient_clipping": "train.grad_clip",
-    "zero_optimization.stage": "train.zero_stage",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "checkpoint": "the trainer, which writes its own checkpoints",
-    "zero_allow_untested_optimizer": "optim",
-    "zero_force_ds_cpu_optimizer": "optim",
-    "elasticity": "train.global_batch",
-}
-
-
-def check_deepspeed_section(extra: dict[str, Any]) -> None:
-    """The `deepspeed:` section may add only what no key of ours decides.
-
-    Raises:
-        UserError: it holds an owned key; names the key to set instead.
-    """
-    zero = extra.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f"config: 'deepspeed.zero_optimization' must be a mapping, found {zero!r}")
-    for key in [*extra, *(f"zero_optimization.{k}" for k in zero)]:
-        if key in _OWNED:
-            raise UserError(f"config: 'deepspeed.{key}' is decided by {_OWNED[key]}; remove it from 'deepspeed'")
-
-
-def ds_config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: a pure function of the config and the number of ranks."""
-    train = cfg.train
-    check_deepspeed_section(cfg.deepspeed)
-    return {
-        "steps_per_print": 10**9,
-        **cfg.deepspeed,
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
-        "gradient_clipping": train.grad_clip or 0.0,
-        "zero_optimization": {**cfg.deepspeed.get("zero_optimization", {}), "stage": train.zero_stage},
-        "bf16": {"enabled": train.precision == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 def build_engine(method: BaseMethod, cfg: RunConfig) -> Engine:
@@ -290,6 +240,9 @@ class DeepSpeedEngine(Engine):
         buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         # under ZeRO-3 no rank holds the whole method, and evaluation calls it a different number of times on each
         self._whole = copy.deepcopy(self.module).cpu() if self.zero_stage == 3 else None
+        if self.zero_stage == 3:
+            for module in self.module.modules():
+                module.register_forward_hook(_check_output)
         dist.init(cfg.train.timeout_s, single_group=True)
         self._gathered = deepspeed.zero.GatheredParameters
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -367,12 +320,22 @@ def _import_deepspeed() -> Any:
     """DeepSpeed, without the compilation of C++ that it starts on a CPU, and without what it says at every step."""
     import deepspeed
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even in a single process without a launcher
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
     if not torch.cuda.is_available():
         # a collective for inference only; where the table is gone DeepSpeed compiles it, which works but takes minutes
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_output(module: nn.Module, inputs: Any, output: Any) -> None:
+    """ZeRO-3 fetches weights for the backward pass by the tensors in a module's output, of these types alone."""
+    if not isinstance(output, Tensor | tuple | list | dict | None):
+        raise TypeError(
+            f"under ZeRO-3 a module must return tensors, tuples (also named ones), lists or dicts; "
+            f"{type(module).__name__} returned {type(output).__name__}"
+        )
 
 
 def _checkpoint_files(original: Any) -> Any:

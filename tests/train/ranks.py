@@ -27,7 +27,9 @@ def install() -> None:
 
 
 def _child(queue: Any, rendezvous: str, rank: int, world_size: int, function: Callable, args: tuple) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", LOCAL_RANK=str(rank))
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    if world_size > 1:
+        os.environ["LOCAL_RANK"] = str(rank)
     import torch
 
     from wsss_dist import dist

@@ -22,10 +22,11 @@ from wsss_dist.errors import UserError
 
 SHORT = {"train__steps": 8, "train__global_batch": 4}
 PLAIN = {**SHORT, "train__engine": "plain"}
+SPLIT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 CASES = [
     PLAIN,
-    *({**SHORT, "train__zero_stage": z} for z in range(4)),
-    *({**SHORT, "train__zero_stage": z, "train__precision": "bf16"} for z in (0, 1, 3)),
+    *({**SHORT, **SPLIT, "train__zero_stage": z} for z in range(4)),
+    *({**SHORT, **SPLIT, "train__zero_stage": z, "train__precision": "bf16"} for z in (0, 1, 3)),
 ]
 
 

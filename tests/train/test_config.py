@@ -10,7 +10,7 @@ import yaml
 import wsss_dist.config
 from tests.train import tiny
 from wsss_dist.config import CONFIGS, check_world, load_config, parse_config
-from wsss_dist.engine import ds_config
+from wsss_dist.ds_config import ds_config
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 

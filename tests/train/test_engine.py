@@ -7,8 +7,12 @@ import pytest
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 
+# by default ZeRO-3 leaves parameters this small on every rank
+SPLIT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 ENGINES = {"plain": {"train__engine": "plain"}, **{f"zero{z}": {"train__zero_stage": z} for z in range(4)}}
 BF16 = {f"bf16-{z}": {"train__precision": "bf16", "train__zero_stage": z} for z in range(4)}
+ENGINES["zero3"] |= SPLIT
+BF16["bf16-3"] |= SPLIT
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,9 @@ def test_skipping_gives_up_after_max_skips(tmp_path):
     values = tiny.values(train__engine="plain", train__nonfinite="skip", train__max_skips=1, method=method)
     ((kind, message),) = run_ranks(1, tmp_path, work.train, values, fails=True)
     assert kind == "TrainingError" and "1 steps in a row, up to step 4" in message
+
+
+def test_zero3_refuses_a_module_whose_output_it_cannot_see_into(tmp_path):
+    values = tiny.values(train__zero_stage=3, method={"name": "tiny", "wrapped": True})
+    ((kind, message),) = run_ranks(1, tmp_path, work.train, values, fails=True)
+    assert kind == "TypeError" and "Wrapper returned Wrapped" in message

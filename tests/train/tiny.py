@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,8 +32,24 @@ class Config(StrictModel):
     bad_id: str = "s3"
     # what is bad: a NaN or infinite loss, or a gradient that overflows though the loss is finite
     bad: str = "nan"
+    # have a submodule that returns a class of its own
+    wrapped: bool = False
     # step after which the last rank gets a SIGTERM
     signal_step: int | None = None
+
+
+@dataclass
+class Wrapped:
+    """Something ZeRO-3 cannot look into."""
+
+    x: Tensor
+
+
+class Wrapper(nn.Module):
+    """A submodule that returns it."""
+
+    def forward(self, x: Tensor) -> Wrapped:
+        return Wrapped(x)
 
 
 class _Overflow(torch.autograd.Function):
@@ -57,11 +74,13 @@ class Method(BaseMethod):
         self.head = nn.Linear(cfg.width, num_classes)
         self.branch = nn.Linear(cfg.width, num_classes)
         self.scale = nn.Parameter(torch.ones(num_classes))
+        self.wrapper = Wrapper() if cfg.wrapped else None
         self.register_buffer("mean", torch.zeros(cfg.width))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.norm(self.body(self.frozen(images)).mean((2, 3)))
+        x = self.norm(self.body(self.frozen(images)).mean((2, 3)))
+        return self.wrapper(x).x if self.wrapper else x
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         with torch.no_grad():

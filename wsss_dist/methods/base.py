@@ -30,7 +30,8 @@ class Prediction:
 class BaseMethod(nn.Module):
     """Base of every `Method`. Constructed as `Method(config, num_classes, train_steps)`.
 
-    num_classes is C; train_steps is M, the length of the run, which the schedules are fractions of.
+    num_classes is C; train_steps is M, the length of the run, which the schedules are fractions of. For ZeRO-3 every
+    submodule is called (not its methods), uses its own parameters alone, and returns tensors, tuples, lists or dicts.
     """
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:

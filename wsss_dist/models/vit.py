@@ -6,9 +6,8 @@ Source: PCRE (CVPR 2025), architecture of the backbone; the value-only last bloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,8 @@ class BackboneConfig(StrictModel):
             )
 
 
-@dataclass
-class Features:
-    """Outputs of the backbone.
+class Features(NamedTuple):
+    """Outputs of the backbone; a named tuple, since ZeRO-3 looks for tensors in tuples and dicts alone.
 
     class_tokens [B, C, D] and patches [B, N, D] after the final LayerNorm; aux [B, N, D], patches after the auxiliary
     block, without LayerNorm; grid (h, w), patches are row-major.

@@ -18,7 +18,14 @@ IGNORE = 255
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of [B, C, h, w], half-pixel centres, no antialiasing also when shrinking."""
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def pool(features: Tensor, how: str) -> Tensor:
+    """[B, D, h, w] -> [B, D, 1, 1], the "max" or the "avg" over the grid."""
+    return features.amax((2, 3), keepdim=True) if how == "max" else features.mean((2, 3), keepdim=True)
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.methods.tiny import NUM_CLASSES, random_batch, tiny_method
 
+from tests.methods.tiny import NUM_CLASSES, random_batch, tiny_method
 from wsss_dist.methods import load_method
 from wsss_dist.models.prototypes import PrototypeMemory
 

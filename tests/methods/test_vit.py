@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from tests.methods.tiny import backbone_config
 
+from tests.methods.tiny import backbone_config
 from wsss_dist.errors import UserError
 from wsss_dist.models.vit import ViT
 

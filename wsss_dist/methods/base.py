@@ -65,5 +65,5 @@ class BaseMethod(nn.Module):
         raise NotImplementedError
 
     def param_groups(self) -> list[dict]:
-        """Groups for the optimiser: dicts with "name", "params" (list) and "lr_mult"; every trainable parameter once."""
+        """Groups for the optimiser: dicts with "name", "params" (list) and "lr_mult"; each parameter once."""
         raise NotImplementedError

@@ -57,8 +57,7 @@ class Method(BaseMethod):
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Multi-label soft-margin loss of the pooled features."""
         fmap = self.backbone(batch.images)
-        pooled = fmap.amax((2, 3), keepdim=True) if self.cfg.pool == "max" else fmap.mean((2, 3), keepdim=True)
-        loss = tag_loss(self.classifier(pooled).flatten(1), batch.labels)
+        loss = tag_loss(self.classifier(cams.pool(fmap, self.cfg.pool)).flatten(1), batch.labels)
         return {"loss": loss, "loss_cls": loss.detach()}
 
     @torch.no_grad()

@@ -99,6 +99,7 @@ class Config(StrictModel):
 
     name: Literal["pcre"] = "pcre"
     backbone: BackboneConfig = BackboneConfig()
+    pool: Literal["max", "avg"] = "max"  # over the grid, before both classifiers
     seg_dilations: list[int] = [6, 12, 18, 24]
     cam: CamConfig = CamConfig()
     par: ParConfig = ParConfig()
@@ -296,8 +297,10 @@ class Method(BaseMethod):
             logits=[logits[s] for s in seg_scales],
         )
 
-    def _crme_masks(self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """CRME masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc, and their pairs [P, 2]."""
+    def _crme_masks(
+        self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc, and their pairs [P, 2]."""
         mask_logits, scores = self.crme(x, features.patches, features.grid)
         chosen = self._select(mask_logits, scores, labels.repeat(2, 1), features.grid, None)
         masks = kernels.max_upsampled_masks(mask_logits, chosen, grid=features.grid, size=tuple(x.shape[-2:]))
@@ -363,10 +366,9 @@ class Method(BaseMethod):
         maps = cams.upsample(aux, grid) * batch.labels[..., None, None]
         return cams.training_labels(maps, inside, self.cfg.cam.high, self.cfg.cam.low)
 
-    @staticmethod
-    def _pooled(classifier: nn.Conv2d, fmap: Tensor) -> Tensor:
-        """Tag logits [B, C]: global maximum over the grid, then the linear classifier."""
-        return classifier(fmap.amax((2, 3), keepdim=True)).flatten(1)
+    def _pooled(self, classifier: nn.Conv2d, fmap: Tensor) -> Tensor:
+        """Tag logits [B, C]: pooled over the grid, then the linear classifier."""
+        return classifier(cams.pool(fmap, self.cfg.pool)).flatten(1)
 
     # ---- inference ------------------------------------------------------------------------------------------------
 

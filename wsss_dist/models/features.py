@@ -28,7 +28,8 @@ class FeatureExtractor(nn.Module):
             return
         if cfg.frozen_blocks or cfg.token_cache:
             raise UserError(
-                f"config: 'backbone.frozen_blocks' and 'backbone.token_cache' are for ViTs, not for {cfg.name!r}; remove them"
+                "config: 'backbone.frozen_blocks' and 'backbone.token_cache' are for ViTs, "
+                f"not for {cfg.name!r}; remove them"
             )
         self.body = create_backbone(cfg.name, cfg.weights, output_stride=cfg.output_stride)
         self.dim, self.patch_size = self.body.num_features, cfg.output_stride

@@ -27,7 +27,7 @@ def create_backbone(name: str, weights: str | None, **kwargs) -> nn.Module:
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        raise UserError(f"config: backbone name {name!r} is not a timm model; names that begin alike: {', '.join(near)}")
+        raise UserError(f"config: backbone name {name!r} is not a timm model; some that begin alike: {', '.join(near)}")
     try:
         model = timm.create_model(name, pretrained=weights == "timm", num_classes=0, **kwargs)
     except (RuntimeError, OSError) as error:

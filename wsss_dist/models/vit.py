@@ -217,5 +217,5 @@ def _create_plain_vit(cfg: BackboneConfig) -> nn.Module:
             "and at least one must be trained"
         )
     if cfg.token_cache and not cfg.frozen_blocks:
-        raise UserError("config: 'backbone.token_cache' needs 'backbone.frozen_blocks' > 0: it stores what these put out")
+        raise UserError("config: 'backbone.token_cache' needs 'backbone.frozen_blocks' > 0, whose output it keeps")
     return model

@@ -106,6 +106,18 @@ def test_prototypes_wait_for_their_start_and_move_once_per_step():
     assert not torch.equal(method.memory.prototypes, before)
 
 
+def test_prototypes_forget_a_step_that_was_skipped():
+    moved = []
+    for skipped in (False, True):
+        method = tiny_method()
+        if skipped:
+            method(random_batch(seed=7), 19)  # no after_step: the update was not finite
+        method(random_batch(), 20)
+        method.after_step(20)
+        moved.append(method.memory.prototypes)
+    assert torch.equal(*moved)
+
+
 def test_terms_appear_when_the_schedule_says():
     method, batch = tiny_method(), random_batch()
     early, late = method(batch, 10), method(batch, 50)

@@ -143,7 +143,7 @@ class Method(BaseMethod):
         self.decoder = ParallelDilatedHead(dim, num_classes + 1, cfg.seg_dilations)
         self.crme = QueryDecoder(cfg.crme, dim, patch, num_classes) if cfg.crme else None
         self.memory = PrototypeMemory(num_classes, dim) if cfg.cpe else None
-        self._pending: list[tuple[Tensor, Tensor]] = []  # class tokens and tags of this step's micro batches
+        self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, class tokens and tags of its micro batches
 
     @property
     def weights_note(self) -> str | None:
@@ -187,7 +187,7 @@ class Method(BaseMethod):
                 features.class_tokens, features.patches.detach(), y_grid.flatten(1), batch.labels
             )
             if progress >= self.cfg.cpe.start:
-                self._pending.append((features.class_tokens.detach().float(), batch.labels))
+                self._pending.append((step, features.class_tokens.detach().float(), batch.labels))
         extra = {}
         if self.crme is not None:
             parts |= self._crme_losses(batch, features, y_pro, progress, extra)
@@ -198,10 +198,11 @@ class Method(BaseMethod):
 
     def after_step(self, step: int) -> None:
         """Move the prototypes with the class tokens of the whole global batch, in its order (Eq. 12)."""
-        if not self._pending:
-            return
-        tokens, labels = (dist.all_gather(torch.stack(x)) for x in zip(*self._pending, strict=True))
+        pending = [p[1:] for p in self._pending if p[0] == step]  # not those of a step that was skipped
         self._pending.clear()
+        if not pending:
+            return
+        tokens, labels = (dist.all_gather(torch.stack(x)) for x in zip(*pending, strict=True))
         # [ranks, micro batches, B, ...] -> the global batch is dealt out chunk by chunk: micro batch major, then rank
         tokens, labels = (x.transpose(0, 1).flatten(0, 2) for x in (tokens, labels))
         self.memory.update(tokens, labels, self.cfg.cpe.momentum, self.cfg.cpe.normalize_token)

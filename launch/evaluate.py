@@ -6,27 +6,24 @@ deepspeed and torchrun start it on several ranks. Exit status: 0 done, 2 a mista
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
+from wsss_dist.command import Parser, run_command
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Evaluate a trained run.", allow_abbrev=False)
+    return run_command(_evaluate)
+
+
+def _evaluate() -> int:
+    parser = Parser(description="Evaluate a trained run.")
     parser.add_argument("--run", type=Path, required=True, help="the run folder")
     parser.add_argument("--split", action="append", help="split with masks, may be repeated; default data.eval_splits")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as eval.beta=0.4")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
     args = parser.parse_args()
-    from wsss_dist.errors import UserError
-
-    try:
-        evaluate(args.run, args.split, args.set)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    evaluate(args.run, args.split, args.set)
     return 0
 
 

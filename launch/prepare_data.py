@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from wsss_dist.command import Parser, run_command
 from wsss_dist.data.prepare.fetch import default_cache
 from wsss_dist.data.prepare.stampscenes import Settings, prepare_stampscenes
-from wsss_dist.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    try:
-        if args.command in ("stampscenes", "quickstart"):
-            settings = Settings(args.train, args.val, args.val_seen, args.size, args.seed, args.source)
-            prepare_stampscenes(args.out, settings, args.cache, say=_say, track=_track)
-        if args.command in ("weights", "quickstart"):
-            from wsss_dist.data.prepare.weights import prepare_weights
+    return run_command(lambda: _prepare(arguments))
 
-            prepare_weights(args.weights_out, args.cache, say=_say)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _prepare(arguments: list[str] | None) -> int:
+    args = _parser().parse_args(arguments)
+    if args.command in ("stampscenes", "quickstart"):
+        settings = Settings(args.train, args.val, args.val_seen, args.size, args.seed, args.source)
+        prepare_stampscenes(args.out, settings, args.cache, say=_say, track=_track)
+    if args.command in ("weights", "quickstart"):
+        from wsss_dist.data.prepare.weights import prepare_weights
+
+        prepare_weights(args.weights_out, args.cache, say=_say)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Prepare data and pretrained weights for the quickstart.")
+def _parser() -> Parser:
+    parser = Parser(description="Prepare data and pretrained weights for the quickstart.")
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("stampscenes", help="compose the quickstart data set")
     weights = commands.add_parser("weights", help="fetch and convert the pretrained weights")

@@ -6,30 +6,29 @@ table; `python launch/report.py --compare runs/a-s0 runs/a-s1 runs/b-s0 --out co
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from wsss_dist.errors import UserError
+from wsss_dist.command import Parser, run_command
 from wsss_dist.report import build_comparison, build_report, load_result, results_text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make a report from the files of finished runs.", allow_abbrev=False)
+    return run_command(_report)
+
+
+def _report() -> int:
+    parser = Parser(description="Make a report from the files of finished runs.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="a run folder")
     what.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="several run folders")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="for --compare: a .html or .md file")
     args = parser.parse_args()
-    try:
-        if args.run:
-            path = build_report(args.run)
-            print(results_text(load_result(args.run)))
-        else:
-            path = build_comparison(args.compare, args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.run:
+        path = build_report(args.run)
+        print(results_text(load_result(args.run)))
+    else:
+        path = build_comparison(args.compare, args.out)
     print(f"report: {path}")
     return 0
 

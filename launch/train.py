@@ -6,40 +6,36 @@ checkpoint (start the same command again), 1 anything else.
 
 from __future__ import annotations
 
-import argparse
-import errno
 import os
 import sys
 
+from wsss_dist.command import Parser, run_command
+from wsss_dist.errors import UserError
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a method.", allow_abbrev=False)
+    return run_command(_train)
+
+
+def _train() -> int:
+    parser = Parser(description="Train a method.")
     parser.add_argument("--config", required=True, help="a YAML file, looked up as given and in configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as optim.lr=1e-4")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
     args, unknown = parser.parse_known_args()
+    if unknown:
+        raise UserError(
+            f"command line: {' '.join(unknown)} is not known; options are --config FILE and --set KEY=VALUE. "
+            "What DeepSpeed reads is in the config: sections train, optim and deepspeed"
+        )
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from wsss_dist.config import load_config
-    from wsss_dist.errors import TrainingError, UserError
     from wsss_dist.trainer import Trainer
 
-    try:
-        if unknown:
-            raise UserError(
-                f"command line: {' '.join(unknown)} is not known; options are --config FILE and --set KEY=VALUE. "
-                "What DeepSpeed reads is in the config: sections train, optim and deepspeed"
-            )
-        return Trainer(load_config(args.config, args.set)).train()
-    except (UserError, TrainingError, OSError) as error:
-        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, OSError) and not disk_full:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 74 if disk_full else getattr(error, "exit_code", 2)
+    return Trainer(load_config(args.config, args.set)).train()
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def _read_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config: {where}{line}: {error.problem or error.context}; correct the YAML") from None
+        fix = "indent with spaces, YAML takes no tabs" if "'\\t'" in str(error.problem) else "correct the YAML"
+        raise UserError(f"config: {where}{line}: {error.problem or error.context}; {fix}") from None
     except yaml.YAMLError as error:
         raise UserError(f"config: {where}: {error}; correct the YAML") from None
 

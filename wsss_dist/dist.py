@@ -39,7 +39,7 @@ def init(
         rank, world_size: this process and the number of them; None: the environment.
         single_group: also make a (one-member) group when there is a single process; DeepSpeed needs one.
     Raises:
-        UserError: RANK without WORLD_SIZE, or more local ranks than GPUs.
+        UserError: RANK without WORLD_SIZE, no place to meet, or more local ranks than GPUs.
     """
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -57,7 +57,15 @@ def init(
             raise UserError("launch: RANK is set without WORLD_SIZE; unset it, or start with torchrun or deepspeed")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank is not None:
-        td.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+        try:
+            td.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+        except (ValueError, td.DistNetworkError) as error:
+            port = os.environ.get("MASTER_PORT", "not set")
+            raise UserError(
+                f"launch: the ranks cannot meet, MASTER_PORT is {port} ({str(error).splitlines()[0]}); start with "
+                "torchrun or deepspeed, which set MASTER_ADDR and MASTER_PORT, with another --master_port where a "
+                "second run on this machine has taken it"
+            ) from None
     elif single_group:
         td.init_process_group(backend, store=td.HashStore(), timeout=timeout, rank=0, world_size=1)
 

@@ -4,6 +4,8 @@
 class UserError(ValueError):
     """A mistake in the input: its message names the key or file, what was found, what was expected, and the fix."""
 
+    exit_code = 2
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, through no mistake in the input; the launch scripts print it as one line."""

@@ -88,14 +88,19 @@ def build_report(run_dir: Path) -> Path:
 
 
 def load_result(run_dir: Path) -> dict[str, Any]:
-    """result.json of a run. Raises UserError where there is none."""
+    """result.json of a run. Raises UserError where there is none, or a damaged one."""
     path = Path(run_dir) / "result.json"
     if not path.is_file():
         raise UserError(
             f"report: {path} is missing, so no evaluation was finished there; "
             f"run `python launch/evaluate.py --run {run_dir}` first"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"report: {path} is no JSON ({error}); delete it and run `python launch/evaluate.py --run {run_dir}`"
+        ) from None
 
 
 def results_text(result: dict[str, Any]) -> str:

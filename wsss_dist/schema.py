@@ -45,7 +45,16 @@ def _sentence(model: type[BaseModel], error: Any, where: str) -> str:
         return f"config: unknown key '{key}' (value {error['input']!r}); {hint}"
     if kind == "missing":
         return f"config: key '{key}' is missing; add it to the config"
-    return f"config: '{key}' is {error['input']!r}: {_lower_first(error['msg'])}"
+    return f"config: '{key}' is {error['input']!r}: {_lower_first(error['msg'])}{_quotes_hint(kind, error['input'])}"
+
+
+def _quotes_hint(kind: str, value: Any) -> str:
+    """YAML turns some words into numbers and booleans, which looks odd to somebody who wrote a word."""
+    if kind not in ("string_type", "literal_error") or isinstance(value, str):
+        return ""
+    if isinstance(value, bool):
+        return '; write it in quotes, as "off": YAML takes yes, no, on and off for true or false'
+    return f'; write a word, or put it in quotes: "{value}"' if isinstance(value, int | float) else ""
 
 
 def _lower_first(message: str) -> str:

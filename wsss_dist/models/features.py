@@ -28,10 +28,16 @@ class FeatureExtractor(nn.Module):
             return
         if cfg.frozen_blocks or cfg.token_cache:
             raise UserError(
-                "config: 'backbone.frozen_blocks' and 'backbone.token_cache' are for ViTs, "
+                "config: 'method.backbone.frozen_blocks' and 'method.backbone.token_cache' are for ViTs, "
                 f"not for {cfg.name!r}; remove them"
             )
-        self.body = create_backbone(cfg.name, cfg.weights, output_stride=cfg.output_stride)
+        try:
+            self.body = create_backbone(cfg.name, cfg.weights, output_stride=cfg.output_stride)
+        except TypeError:  # the architecture takes no output_stride
+            raise UserError(
+                f"config: backbone {cfg.name!r} is neither a plain ViT (timm names: vit_*, deit_*) nor a convolutional "
+                "network with an output stride (resnet*, efficientnet*); choose one of these"
+            ) from None
         self.dim, self.patch_size = self.body.num_features, cfg.output_stride
         self.note = weights_note(cfg.weights)
 

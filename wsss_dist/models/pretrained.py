@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import timm
@@ -24,22 +25,46 @@ def create_backbone(name: str, weights: str | None, **kwargs) -> nn.Module:
         kwargs: passed to `timm.create_model`.
     Raises:
         UserError: unknown name, missing or unreadable file, or a state dict that does not fit.
+        TypeError: the architecture does not take one of `kwargs`.
     """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        raise UserError(f"config: backbone name {name!r} is not a timm model; some that begin alike: {', '.join(near)}")
+    _check_name(name)
+    state = None if weights in (None, "timm") else read_state_dict(Path(weights))
     try:
         model = timm.create_model(name, pretrained=weights == "timm", num_classes=0, **kwargs)
-    except (RuntimeError, OSError) as error:
+    except TypeError:
+        raise
+    except Exception as error:  # the hub client and the networks raise many kinds
+        reason = _first_line(error)
         if weights != "timm":
-            raise
+            options = ", ".join(f"{k} {v}" for k, v in kwargs.items())
+            raise UserError(
+                f"config: backbone {name!r} cannot be built with {options} ({reason}); change method.backbone"
+            ) from None
         raise UserError(
-            f"backbone {name!r}: its published weights could not be fetched ({error}); "
-            "give a local file as backbone.weights, or null for random weights"
+            f"backbone {name!r}: its published weights could not be fetched ({reason}); go online, "
+            "give a local file as method.backbone.weights, or null for random weights"
         ) from None
-    if weights not in (None, "timm"):
-        _load_file_into(model, Path(weights), name)
+    if state is not None:
+        _load_into(model, state, weights, name)
     return model
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "choose one of timm.list_models('vit_*')"
+        raise UserError(f"config: 'method.backbone.name' is {name!r}, which is not a timm model; {hint}")
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tagged:
+        raise UserError(
+            f"config: 'method.backbone.name' is {name!r}, but timm {timm.__version__} knows no tag {tag!r} of it; "
+            f"choose one of: {', '.join(tagged) or f'{architecture} without a tag'}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def weights_note(weights: str | None) -> str | None:
@@ -58,26 +83,38 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(
-            f"weights file {path} does not exist; `python launch/prepare_data.py weights` makes those of the quickstart"
+            f"weights file {path} does not exist; correct method.backbone.weights "
+            "(`python launch/prepare_data.py weights` makes those of the quickstart)"
         )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"weights file {path} cannot be read: {error}") from None
-    except Exception as error:  # an unpickling error means something else than tensors is inside
-        raise UserError(f"weights file {path} holds more than tensors and is refused: {error}") from None
+        raise UserError(
+            f"weights file {path} cannot be read ({_first_line(error)}); it is damaged or of another format: "
+            "download it again, or convert it to safetensors"
+        ) from None
+    except OSError:
+        raise
+    except Exception:  # an unpickling error means something else than tensors is inside
+        raise UserError(
+            f"weights file {path} is a pickle of more than tensors, which could run code, and is refused; "
+            "save the state dict alone: safetensors.torch.save_file(model.state_dict(), ...)"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"weights file {path} holds no state dict of tensors")
+        raise UserError(
+            f"weights file {path} holds no state dict of tensors; save it with "
+            "safetensors.torch.save_file(model.state_dict(), ...)"
+        )
     return state
 
 
-def _load_file_into(model: nn.Module, path: Path, name: str) -> None:
-    state = {k.removeprefix("module."): v for k, v in read_state_dict(path).items()}
+def _load_into(model: nn.Module, state: dict[str, Tensor], path: str, name: str) -> None:
+    state = {k.removeprefix("module."): v for k, v in state.items()}
     wanted = model.state_dict()
     head = ("head.", "fc.", "classifier.", "head_dist.")
     state = {k: v for k, v in state.items() if k in wanted or not k.startswith(head)}
@@ -96,5 +133,8 @@ def _load_file_into(model: nn.Module, path: Path, name: str) -> None:
         if keys
     ]
     if problems:
-        raise UserError(f"weights file {path} does not fit backbone {name!r}: {'; '.join(problems)}")
+        raise UserError(
+            f"weights file {path} does not fit backbone {name!r}: {'; '.join(problems)}; "
+            "correct method.backbone.name or method.backbone.weights"
+        )
     model.load_state_dict(state)

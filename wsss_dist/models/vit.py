@@ -82,7 +82,7 @@ class ViT(nn.Module):
         self.aux_block = cfg.aux_block or self.depth - 2
         if not cfg.frozen_blocks <= self.aux_block < self.depth:
             raise UserError(
-                f"config: 'backbone.aux_block' is {self.aux_block}, but must lie between frozen_blocks "
+                f"config: 'method.backbone.aux_block' is {self.aux_block}, but must lie between frozen_blocks "
                 f"({cfg.frozen_blocks}) and {self.depth - 1} for {cfg.name!r} with {self.depth} blocks"
             )
         self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
@@ -213,9 +213,12 @@ def _create_plain_vit(cfg: BackboneConfig) -> nn.Module:
         )
     if cfg.frozen_blocks >= len(model.blocks):
         raise UserError(
-            f"config: 'backbone.frozen_blocks' is {cfg.frozen_blocks}, but {cfg.name!r} has {len(model.blocks)} blocks "
-            "and at least one must be trained"
+            f"config: 'method.backbone.frozen_blocks' is {cfg.frozen_blocks}, but {cfg.name!r} has {len(model.blocks)} "
+            "blocks and at least one must be trained; lower it"
         )
     if cfg.token_cache and not cfg.frozen_blocks:
-        raise UserError("config: 'backbone.token_cache' needs 'backbone.frozen_blocks' > 0, whose output it keeps")
+        raise UserError(
+            "config: 'method.backbone.token_cache' keeps the output of frozen blocks, but 'method.backbone.frozen_blocks' "
+            "is 0; set it above 0, or remove the cache"
+        )
     return model

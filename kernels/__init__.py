@@ -3,7 +3,7 @@
 The names below are the API. `configure` sets the backends, `available_backends` lists those that can run.
 """
 
-from kernels.backend import available_backends, configure
+from kernels.backend import available_backends, check_backends, configure
 from kernels.class_patch_contrast.op import class_patch_contrast
 from kernels.dense_crf.op import dense_crf, dense_crf_unary
 from kernels.dense_energy.op import dense_energy
@@ -17,6 +17,7 @@ from kernels.select_regions.op import RegionSelection, select_regions
 __all__ = [
     "RegionSelection",
     "available_backends",
+    "check_backends",
     "class_patch_contrast",
     "configure",
     "dense_crf",

@@ -63,6 +63,15 @@ def configure(default: str = "auto", **per_op: str) -> None:
     _settings.update(default=default, **per_op)
 
 
+def check_backends(device: torch.device) -> None:
+    """Hold that every op can run on `device` with the present settings, since some are first called late in a run.
+
+    Raises ValueError if one cannot.
+    """
+    for op in _implementations:
+        choose(op, device, None)
+
+
 def _problem(op: str, name: str, device: str) -> str | None:
     """Why backend `name` of `op` cannot run on `device`, or None."""
     if name not in _implementations[op]:

@@ -28,7 +28,6 @@ def _evaluate() -> int:
 
 
 def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> None:
-    import kernels
     from wsss_dist import dist
     from wsss_dist.checkpoint import load_model_weights
     from wsss_dist.config import load_config
@@ -37,6 +36,7 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
     from wsss_dist.evaluate import evaluate_splits, open_splits
     from wsss_dist.methods import load_method
     from wsss_dist.report import build_report, load_result, results_text
+    from wsss_dist.trainer import configure_kernels
 
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"command line: --run is '{run_dir}', which holds no config.yaml; name a trained run's folder")
@@ -45,7 +45,7 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
     if not splits:
         raise UserError("command line: no split to evaluate on; give --split NAME, or set data.eval_splits")
     dist.init(cfg.train.timeout_s)
-    kernels.configure(**cfg.kernels)
+    configure_kernels(cfg.kernels)
     num_classes = len(next(iter(open_splits(cfg, splits).values())).class_names)
     method = load_method(cfg.method_name).Method(cfg.method, num_classes, cfg.train.steps)
     step = load_model_weights(run_dir, method)

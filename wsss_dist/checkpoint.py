@@ -80,10 +80,11 @@ class Checkpoints:
         Returns:
             the number of steps it stands after; 0 when there is none.
         Raises:
-            UserError: it belongs to another model, or to another number of ranks.
+            UserError: it belongs to another model, or to another number of ranks; or there were only damaged ones.
         """
         found = dist.on_main(self._newest)
         if found is None:
+            dist.on_main(self._refuse_damaged)
             return 0
         folder, manifest = found
         self._check(folder, manifest)
@@ -104,7 +105,7 @@ class Checkpoints:
                 action()
             except Exception as caught:  # OSError, but torch and safetensors report a full disk in classes of their own
                 error = caught
-        errors = dist.all_gather_object(error and f"{type(error).__name__}: {error}")
+        errors = dist.all_gather_object(error and f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         failed = [(r, e) for r, e in enumerate(errors) if e]
         if not failed:
             return
@@ -145,6 +146,14 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self._set_aside(folder, str(error))
         return None
+
+    def _refuse_damaged(self) -> None:
+        """A run that was trained before does not start from step 0 unasked."""
+        if bad := sorted(p.name for p in self.root.glob("bad-*")):
+            raise UserError(
+                f"checkpoint: {self.root} holds damaged checkpoints alone ({', '.join(bad)}); put a good copy there as "
+                "ckpt-<step>, or move these away to start from step 0"
+            )
 
     def _set_aside(self, folder: Path, reason: str) -> None:
         number = 0

@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[], int]) -> int:
     """Run the body of a launch script.
 
-    A UserError or TrainingError is printed to stderr on rank 0; a full disk, a file without access and a full GPU
-    memory on the rank that met them. Any other exception passes.
+    A UserError or TrainingError is printed to stderr on rank 0; a full disk, a file without access, a full memory and
+    the end of a loader process on the rank that met them. Any other exception passes.
 
     Returns:
         the status of `command`, 2 a mistake in the input, 74 a full disk, or the error's own.
@@ -57,9 +57,15 @@ def _explained(error: Exception) -> tuple[str, int] | None:
             fix = "free space there and start the same command again: finished checkpoints are intact"
             return f"disk: {place} cannot be written ({error.strerror}); {fix}", 74
         return f"files: {place} cannot be used ({error.strerror}); give yourself access, or name another path", 2
+    first = str(error).partition("\n")[0]
+    if isinstance(error, RuntimeError) and "DataLoader worker" in first:
+        fix = (
+            "lower data.num_workers (0: the training process loads), or give a container more shared memory "
+            "(docker run --shm-size=8g)"
+        )
+        return f"memory: {first.rstrip('. ')}, so memory or shared memory may be short; {fix}", 1
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        first = str(error).splitlines()[0]
         fix = "lower train.micro_batch (the global batch stays), eval.batch or data.crop, or set train.precision: bf16"
         return f"memory: the GPU has not enough ({first}); {fix}", 1
     return None

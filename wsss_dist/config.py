@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,6 +234,27 @@ def check(cfg: RunConfig) -> None:
     check_deepspeed_section(cfg.deepspeed)
     if check_run := getattr(cfg.method, "check_run", None):
         check_run(cfg)
+
+
+def check_sizes(cfg: RunConfig, patch: int) -> None:
+    """Training crops, and the images of an evaluation at its smallest scale, must hold a patch.
+
+    Args:
+        cfg: the run.
+        patch: side of the backbone's patch in pixels.
+    Raises:
+        UserError: they do not; says how large they must be.
+    """
+    sizes = [("data.crop", cfg.data.crop, 1.0)]
+    if cfg.data.eval_splits and cfg.eval.size is not None:
+        sizes.append(("eval.size", cfg.eval.size, min(*cfg.eval.cam_scales, *cfg.eval.seg_scales)))
+    for key, side, scale in sizes:
+        if int(side * scale) < patch:
+            at = "" if scale == 1 else f" (at the smallest scale {int(side * scale)})"
+            raise UserError(
+                f"config: '{key}' is {side} pixels{at}, less than a patch of the backbone, {patch} pixels; "
+                f"raise it to {math.ceil(patch / scale)} or more"
+            )
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

@@ -173,7 +173,8 @@ def barrier() -> None:
 def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and hand its (picklable) result, or its exception, to every rank.
 
-    UserError, TrainingError and CheckpointError keep their type on the other ranks, any other becomes a RuntimeError.
+    UserError, TrainingError and CheckpointError keep their type on the other ranks; an OSError becomes a TrainingError
+    there, any other a RuntimeError.
     """
     result, error, sent = None, None, None
     if is_main():
@@ -182,7 +183,8 @@ def on_main(function: Callable[[], T]) -> T:
         except Exception as caught:
             error = caught
             known = type(error) in (UserError, TrainingError, CheckpointError)
-            sent = (type(error) if known else RuntimeError, str(error))
+            other = TrainingError if isinstance(error, OSError) else RuntimeError
+            sent = (type(error) if known else other, str(error))
     result, sent = broadcast_object((result, sent))
     if error is not None:
         raise error

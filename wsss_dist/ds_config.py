@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 from wsss_dist.errors import UserError
@@ -34,8 +35,12 @@ def check_deepspeed_section(extra: dict[str, Any]) -> None:
     """The `deepspeed:` section may add only what no key of ours decides.
 
     Raises:
-        UserError: it holds an owned key; names the key to set instead.
+        UserError: it holds an owned key, with the key to set instead, or a misspelt one, which DeepSpeed would ignore.
     """
+    names = ["zero_optimization", *(key for key in _OWNED if "." not in key)]
+    for key in extra:
+        if key not in names and (near := difflib.get_close_matches(key, names, n=1, cutoff=0.85)):
+            raise UserError(f"config: unknown key 'deepspeed.{key}'; did you mean '{near[0]}'?")
     zero = extra.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f"config: 'deepspeed.zero_optimization' must be a mapping, found {zero!r}")

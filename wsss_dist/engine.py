@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wsss_dist import dist
 from wsss_dist.data.batch import Batch
 from wsss_dist.ds_config import ds_config
-from wsss_dist.errors import TrainingError
+from wsss_dist.errors import TrainingError, UserError
 from wsss_dist.optim import build_optimizer, set_lr
 
 if TYPE_CHECKING:
@@ -245,12 +245,18 @@ class DeepSpeedEngine(Engine):
                 module.register_forward_hook(_check_output)
         dist.init(cfg.train.timeout_s, single_group=True)
         self._gathered = deepspeed.zero.GatheredParameters
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.network,
-            optimizer=self.optimizer,
-            config=ds_config(cfg, dist.world_size()),
-            dist_init_required=False,
-        )
+        settings = {"config": ds_config(cfg, dist.world_size()), "dist_init_required": False}
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.network, optimizer=self.optimizer, **settings
+            )
+        except Exception as error:  # of many kinds, TypeError and AttributeError among them
+            if not cfg.deepspeed or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).partition(" [type=")[0].split())
+            raise UserError(
+                f"config: DeepSpeed does not accept the section 'deepspeed' ({reason}); correct or remove that key"
+            ) from error
         self.engine.checkpoint_engine = self._files = _checkpoint_files(self.engine.checkpoint_engine)
         for name, buffer in self.module.named_buffers():  # the bf16 section casts buffers too: statistics, prototypes
             buffer.data = buffers[name].to(self.device)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 import kernels
 from wsss_dist import dist
-from wsss_dist.data import build_dataset, build_eval_loader
+from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples
 from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
@@ -76,11 +77,13 @@ class EvalConfig(StrictModel):
         return value
 
 
-def open_splits(cfg: RunConfig, splits: list[str]) -> dict[str, Any]:
-    """The data sets of the splits, checked to have masks; call it before a run to fail early.
+def open_splits(cfg: RunConfig, splits: list[str], class_names: list[str] | None = None) -> dict[str, Any]:
+    """The data sets of the splits, a few of their masks looked at; a collective call, before a run to fail early.
 
+    Args:
+        class_names: classes that the splits must have; None: those of the first one.
     Raises:
-        UserError: a split has no masks, so there is nothing to score against.
+        UserError: a split has no masks, so there is nothing to score against, wrong ones, or other classes.
     """
     datasets = {split: build_dataset(cfg.data, split) for split in splits}
     for split, dataset in datasets.items():
@@ -89,6 +92,14 @@ def open_splits(cfg: RunConfig, splits: list[str]) -> dict[str, Any]:
                 f"evaluation: split '{split}' of {cfg.data.root} has no masks, so it cannot be scored; "
                 f"add them or take '{split}' out of data.eval_splits"
             )
+        class_names = class_names or dataset.class_names
+        if dataset.class_names != class_names:
+            raise UserError(
+                f"evaluation: split '{split}' of {cfg.data.root} has the classes {_some(dataset.class_names)}, the "
+                f"other splits {_some(class_names)}; expected the same: give all annotation files the same categories"
+            )
+    for dataset in datasets.values():
+        dist.on_main(partial(check_eval_samples, dataset, cfg.data))
     return datasets
 
 
@@ -292,6 +303,10 @@ def _inference(method: nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- lists, files
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
 
 
 def _num_images(dataset: Any, cfg: RunConfig) -> int:

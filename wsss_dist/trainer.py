@@ -19,7 +19,7 @@ import torch
 import kernels
 from wsss_dist import dist
 from wsss_dist.checkpoint import Checkpoints, RunLock
-from wsss_dist.config import RunConfig, check_world
+from wsss_dist.config import RunConfig, check_sizes, check_world
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.batch import Batch
 from wsss_dist.engine import build_engine
@@ -44,13 +44,15 @@ class Trainer:
         train = cfg.train
         dist.init(train.timeout_s)
         check_world(cfg, dist.world_size())
-        _configure_kernels(cfg.kernels)
+        configure_kernels(cfg.kernels)
         self.cfg, self.run_dir = cfg, cfg.run_dir
         self.dataset = build_dataset(cfg.data, cfg.data.train_split)
-        open_splits(cfg, cfg.data.eval_splits)
-        torch.manual_seed(cfg.run.seed)
         classes = self.dataset.class_names
+        open_splits(cfg, cfg.data.eval_splits, classes)
+        self._loader(0)  # says now if the images do not fill one step
+        torch.manual_seed(cfg.run.seed)
         method = load_method(cfg.method_name).Method(cfg.method, len(classes), train.steps)
+        check_sizes(cfg, getattr(method, "patch_size", 1))
         self.engine = build_engine(method, cfg)
         self.log = RunLog(
             self.run_dir, total=train.steps, batch=train.global_batch, every=train.log_every, enabled=dist.is_main()
@@ -178,7 +180,13 @@ class Trainer:
 
     def _open_run_dir(self) -> None:
         """On rank 0, before step 0: take the lock, write down what is run and on what."""
-        self._lock = RunLock(self.run_dir, report=self.log.message)
+        try:
+            self._lock = RunLock(self.run_dir, report=self.log.message)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"run: the run folder {self.run_dir} cannot be made or written ({error.strerror}: {error.filename}); "
+                "set run.dir to a folder you can write to"
+            ) from None
         if not self.cfg.train.resume and any(self.run_dir.glob("checkpoints/ckpt-*")):
             raise UserError(
                 f"run: {self.run_dir} holds checkpoints of an earlier run and 'train.resume' is false; "
@@ -220,11 +228,17 @@ def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
 
 
-def _configure_kernels(settings: dict[str, str]) -> None:
+def configure_kernels(settings: dict[str, str]) -> None:
+    """Set the backends of the operators from the `kernels:` section.
+
+    Raises:
+        UserError: an unknown operator or backend, or one that cannot run on this machine.
+    """
     try:
         kernels.configure(**settings)
+        kernels.check_backends(dist.device())
     except (ValueError, TypeError) as error:
-        raise UserError(f"config: 'kernels': {error}") from None
+        raise UserError(f"config: 'kernels': {error}; choose one of these, or auto") from None
 
 
 def _identity(cfg: RunConfig, classes: list[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ _HOME = {
     "build_dataset": "readers",
     "build_eval_loader": "loader",
     "build_train_loader": "loader",
+    "check_eval_samples": "loader",
 }
 __all__ = list(_HOME)
 

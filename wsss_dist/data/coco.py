@@ -106,7 +106,10 @@ def _image_folder(root: Path, split: str) -> Path:
     for folder in (root / "images" / split, root / split):
         if folder.is_dir():
             return folder
-    raise UserError(f"data: no images of split '{split}': expected the folder {root}/images/{split} or {root}/{split}")
+    raise UserError(
+        f"data: no images of split '{split}': expected the folder {root}/images/{split} or {root}/{split}; "
+        "copy the images there, or correct data.root"
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -187,7 +190,8 @@ def _class_index(label: Any, known: dict, image: str, path: Path) -> int:
         kind = "class name" if isinstance(label, str) else "class id"
         raise UserError(
             f"data: {path}: image {image} has the unknown {kind} {label!r}; expected one of "
-            f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}"
+            f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}: correct the entry, or add "
+            "the class to 'categories'"
         ) from None
 
 

@@ -53,7 +53,10 @@ class Dataset:
         """Leave out the images without any tag. Raises UserError when none is left."""
         rows = np.flatnonzero(self.tags.any(axis=1))
         if not len(rows):
-            raise UserError(f"data: no image of '{self.name}' has a tag and data.untagged is 'drop'; expected tags")
+            raise UserError(
+                f"data: no image of '{self.name}' has a tag and data.untagged is 'drop'; "
+                "correct the annotations, or set data.untagged: keep"
+            )
         self._select(rows)
 
     def _select(self, rows: np.ndarray) -> None:
@@ -87,7 +90,10 @@ def checked_mask(path: Path, num_classes: int) -> np.ndarray:
         UserError: it is missing, not a single-channel picture, or holds another id.
     """
     if not path.is_file():
-        raise UserError(f"data: mask {path} is missing; expected one PNG of class ids per image of an evaluation split")
+        raise UserError(
+            f"data: mask {path} is missing; expected one PNG of class ids per image of an evaluation split: "
+            "add it, or take the split out of data.eval_splits"
+        )
     mask = read_mask(path)
     counts = np.bincount(mask.reshape(-1), minlength=256)
     wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
@@ -116,7 +122,7 @@ def check_images(folder: Path, files: list[str], where: Path) -> None:
         UserError: with how many are missing and the first three, or that there is none.
     """
     if not files:
-        raise UserError(f"data: {where} lists no image; expected at least one")
+        raise UserError(f"data: {where} lists no image; expected at least one: add images, or name another split")
     seen: dict[str, set[str]] = {}
     missing = []
     for name in files:

@@ -74,14 +74,15 @@ def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarr
     for k, row in enumerate(rows[1:]):
         if len(row) != 2:
             raise UserError(
-                f"data: row {k + 2} of {path} has {len(row)} cells; expected two: the image, and its labels separated "
-                "by semicolons"
+                f"data: row {k + 2} of {path} has {len(row)} cells; expected two, the image and its labels separated "
+                "by semicolons: correct the row"
             )
         for label in filter(None, (part.strip() for part in row[1].split(";"))):
             if label not in index:
                 raise UserError(
                     f"data: {path}: image {row[0]} has the unknown class name '{label}'; expected one of "
-                    f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}"
+                    f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}: correct the row, or add the class "
+                    "to classes.txt or data.classes"
                 )
             tags[k, index[label]] = 1
     files = [row[0].strip() for row in rows[1:]]

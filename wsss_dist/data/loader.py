@@ -177,14 +177,28 @@ def build_eval_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_siz
     the i-th of those goes to rank i % world_size. Iterating raises a UserError at an image that cannot be read: leaving
     it out would change the score. A split without masks gives mask = None.
     """
-    chosen = np.arange(len(dataset))
-    if cfg.val_limit is not None and cfg.val_limit < len(dataset):
-        chosen = np.arange(cfg.val_limit) * len(dataset) // cfg.val_limit
     if dataset.has_masks:
         dataset.open_masks()
-    return _EvalLoader(
-        _EvalSamples(dataset, chosen[rank::world_size]), batch_size=None, shuffle=False, **_workers(cfg.num_workers)
-    )
+    chosen = _chosen(dataset, cfg.val_limit)[rank::world_size]
+    return _EvalLoader(_EvalSamples(dataset, chosen), batch_size=None, shuffle=False, **_workers(cfg.num_workers))
+
+
+def check_eval_samples(dataset: Dataset, cfg: DataConfig, count: int = 8) -> None:
+    """Read up to `count` evenly strided images of an evaluation split with their masks, to find a mistake early.
+
+    Raises:
+        UserError: what iterating over `build_eval_loader` would raise.
+    """
+    chosen = _chosen(dataset, cfg.val_limit)
+    for k in range(min(count, len(chosen))):
+        _eval_sample(dataset, int(chosen[k * len(chosen) // min(count, len(chosen))]))
+
+
+def _chosen(dataset: Dataset, limit: int | None) -> np.ndarray:
+    """Indices of the images that an evaluation reads, int64."""
+    if limit is None or limit >= len(dataset):
+        return np.arange(len(dataset))
+    return np.arange(limit) * len(dataset) // limit
 
 
 class _EvalLoader(DataLoader):

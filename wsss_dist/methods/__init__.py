@@ -5,6 +5,7 @@ A method module holds `Config` (a StrictModel with the paper's hyper-parameters)
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from types import ModuleType
@@ -24,5 +25,7 @@ def load_method(name: str) -> ModuleType:
         UserError: there is no such method.
     """
     if name not in method_names():
-        raise UserError(f"config: 'method.name' is {name!r}; known methods: {', '.join(method_names())}")
+        near = difflib.get_close_matches(name, method_names(), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"config: 'method.name' is {name!r}; known methods: {', '.join(method_names())}{hint}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -110,7 +110,16 @@ class ViT(nn.Module):
         return weights_note(self.cfg.weights)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Patch grid of an image size in pixels; a rest smaller than a patch is cut off."""
+        """Patch grid of an image size in pixels; a rest smaller than a patch is cut off.
+
+        Raises:
+            UserError: the image is smaller than a patch.
+        """
+        if min(size) < self.patch_size:
+            raise UserError(
+                f"images of {size[0]} x {size[1]} pixels are smaller than a patch of {self.cfg.name!r} "
+                f"({self.patch_size} pixels); raise data.crop (training) or eval.size, or take out the smallest scale"
+            )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
     def forward(self, images: Tensor) -> Features:
@@ -218,7 +227,7 @@ def _create_plain_vit(cfg: BackboneConfig) -> nn.Module:
         )
     if cfg.token_cache and not cfg.frozen_blocks:
         raise UserError(
-            "config: 'method.backbone.token_cache' keeps the output of frozen blocks, but 'method.backbone.frozen_blocks' "
-            "is 0; set it above 0, or remove the cache"
+            "config: 'method.backbone.token_cache' keeps the output of frozen blocks, but "
+            "'method.backbone.frozen_blocks' is 0; set it above 0, or remove the cache"
         )
     return model

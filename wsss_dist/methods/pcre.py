@@ -108,6 +108,7 @@ class Config(StrictModel):
     loss: LossConfig = LossConfig()
     head_lr_mult: float = Field(10.0, gt=0)  # classifiers and segmentation head
     crme_lr_mult: float = Field(1.0, gt=0)
+    token_lr_mult: float = Field(1.0, gt=0)  # class tokens and their positions
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
@@ -151,13 +152,15 @@ class Method(BaseMethod):
         return self.backbone.weights_note
 
     def param_groups(self) -> list[dict]:
-        """Backbone (x1, norms apart), heads (x head_lr_mult), CRME branch (x crme_lr_mult)."""
+        """Backbone (x1, norms apart), class tokens, heads and CRME branch with their factors."""
         norms = {id(p) for m in self.backbone.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-        backbone = list(self.backbone.parameters())
+        tokens = [p for n, p in self.backbone.named_parameters() if n in ("class_tokens", "class_pos")]
+        apart = norms | {id(p) for p in tokens}
         heads = [self.classifier, self.aux_classifier, self.decoder]
         groups = [
-            ("backbone", [p for p in backbone if id(p) not in norms], 1.0),
-            ("backbone_norm", [p for p in backbone if id(p) in norms], 1.0),
+            ("backbone", [p for p in self.backbone.parameters() if id(p) not in apart], 1.0),
+            ("backbone_norm", [p for p in self.backbone.parameters() if id(p) in norms], 1.0),
+            ("class_tokens", tokens, self.cfg.token_lr_mult),
             ("heads", [p for m in heads for p in m.parameters()], self.cfg.head_lr_mult),
             ("crme", list(self.crme.parameters()) if self.crme else [], self.cfg.crme_lr_mult),
         ]

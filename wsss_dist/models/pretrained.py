@@ -28,7 +28,7 @@ def create_backbone(name: str, weights: str | None, **kwargs) -> nn.Module:
         TypeError: the architecture does not take one of `kwargs`.
     """
     _check_name(name)
-    state = None if weights in (None, "timm") else read_state_dict(Path(weights))
+    state = None if weights in (None, "timm") else read_state_dict(Path(weights).expanduser())
     try:
         model = timm.create_model(name, pretrained=weights == "timm", num_classes=0, **kwargs)
     except TypeError:
@@ -71,7 +71,7 @@ def weights_note(weights: str | None) -> str | None:
     """The `note` that a weights file carries in its safetensors metadata, such as how it was pretrained."""
     if weights in (None, "timm") or Path(weights).suffix != ".safetensors":
         return None
-    with safe_open(weights, "pt") as file:
+    with safe_open(Path(weights).expanduser(), "pt") as file:
         return (file.metadata() or {}).get("note")
 
 

@@ -6,7 +6,6 @@ Source: PCRE (CVPR 2025), architecture of the backbone; the value-only last bloc
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from wsss_dist.errors import UserError
 from wsss_dist.models.pretrained import create_backbone, weights_note
 from wsss_dist.models.token_cache import TokenCache
-from wsss_dist.schema import StrictModel
+from wsss_dist.schema import ConfigPath, StrictModel
 
 
 class BackboneConfig(StrictModel):
@@ -26,10 +25,11 @@ class BackboneConfig(StrictModel):
 
     name: str = "vit_base_patch16_224.orig_in21k_ft_in1k"  # timm model
     weights: str | None = "timm"  # "timm" hub, a file, or null for random weights
+    depth: int | None = Field(None, ge=2)  # use the first blocks only; null: all
     aux_block: int | None = None  # 1-based block of the auxiliary features; null: depth - 2 (10 of 12)
     last_block: Literal["value_only", "attention"] = "value_only"
     frozen_blocks: int = Field(0, ge=0)  # first blocks (and the embedding) that keep their pretrained weights
-    token_cache: Path | None = None  # folder that keeps the frozen blocks' tokens of each image it meets
+    token_cache: ConfigPath | None = None  # folder that keeps the frozen blocks' tokens of each image it meets
     pos_antialias: bool = False  # antialias when the position table shrinks
 
     def check_views(self, data: object) -> None:
@@ -220,6 +220,9 @@ def _create_plain_vit(cfg: BackboneConfig) -> nn.Module:
             f"config: backbone {cfg.name!r} is not a plain ViT with a class token and an absolute position table "
             "(timm names: vit_*, deit_*); choose one of these"
         )
+    if cfg.depth is not None and cfg.depth > len(model.blocks):
+        raise UserError(f"config: 'backbone.depth' is {cfg.depth}, but {cfg.name!r} has {len(model.blocks)} blocks")
+    model.blocks = model.blocks[: cfg.depth]
     if cfg.frozen_blocks >= len(model.blocks):
         raise UserError(
             f"config: 'method.backbone.frozen_blocks' is {cfg.frozen_blocks}, but {cfg.name!r} has {len(model.blocks)} "

@@ -166,9 +166,12 @@ class Checkpoints:
         saved = manifest["identity"]
         differ = [k for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
         if differ:
-            pairs = ", ".join(f"'{k}' is {self.identity.get(k)!r}, there {saved.get(k)!r}" for k in differ)
+            # of another method all other keys differ too
+            shown = [k for k in differ if k == "method.name"] or differ[:3]
+            pairs = ", ".join(f"'{k}' is {self.identity.get(k)!r}, there {saved.get(k)!r}" for k in shown)
+            more = f", and {len(differ) - len(shown)} more keys differ" if len(differ) > len(shown) else ""
             raise UserError(
-                f"checkpoint: {folder} is of another model: {pairs}; restore these keys, "
+                f"checkpoint: {folder} is of another model: {pairs}{more}; restore these keys, "
                 "give the run another run.name, or delete the folder"
             )
         if self.sharded and manifest["world_size"] != dist.world_size():

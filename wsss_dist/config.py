@@ -17,7 +17,7 @@ from wsss_dist.evaluate import EvalConfig
 from wsss_dist.methods import load_method
 from wsss_dist.optim import OptimConfig
 from wsss_dist.report import ReportConfig
-from wsss_dist.schema import StrictModel, parse
+from wsss_dist.schema import ConfigPath, StrictModel, parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -26,7 +26,7 @@ class RunSection(StrictModel):
     """`run:` section. The run folder is dir/name."""
 
     name: str
-    dir: Path = Path("runs")
+    dir: ConfigPath = Path("runs")
     seed: int = Field(0, ge=0, lt=2**31)
 
     @field_validator("name")
@@ -153,7 +153,8 @@ def _override(values: dict, setting: str) -> None:
             inner[part] = {}
         inner = inner[part]
         if not isinstance(inner, dict):
-            raise UserError(f"command line: --set {setting}: '{'.'.join(parts[: i + 1])}' is {inner!r}, not a section")
+            key = ".".join(parts[: i + 1])
+            raise UserError(f"command line: --set {setting}: '{key}' is {inner!r}, not a section; set {key} itself")
     inner[parts[-1]] = _read_yaml(text, f"--set {setting}")
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from wsss_dist.errors import UserError
+
+# a path in a config; ~ is the home folder, as in a shell
+ConfigPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class StrictModel(BaseModel):
@@ -40,7 +44,7 @@ def _sentence(model: type[BaseModel], error: Any, where: str) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
         known = sorted(_fields_at(model, path[:-1]))
-        near = difflib.get_close_matches(path[-1], known, n=1)
+        near = difflib.get_close_matches(path[-1], known, n=1) or _elsewhere(model, path[-1], where)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"config: unknown key '{key}' (value {error['input']!r}); {hint}"
     if kind == "missing":
@@ -60,6 +64,14 @@ def _quotes_hint(kind: str, value: Any) -> str:
 def _lower_first(message: str) -> str:
     message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
+
+
+def _elsewhere(model: type[BaseModel], name: str, where: str) -> list[str]:
+    """Dotted keys that end in `name`: of a section (indented wrongly), or of a key in a section."""
+    top = set(model.model_fields)
+    inner = [s for s in model.model_fields if (found := _fields_at(model, [s])) != top and name in found]
+    places = [name] * (name in top) + [f"{section}.{name}" for section in inner]
+    return [f"{where}.{place}" if where else place for place in places]
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> set[str]:

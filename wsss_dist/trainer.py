@@ -79,7 +79,9 @@ class Trainer:
         dist.on_main(self._open_run_dir)
         try:
             with self._signals():
-                return self._run(self._resume())
+                start = self._resume()
+                dist.on_main(self._describe)  # now that the checkpoint fits what is asked for
+                return self._run(start)
         finally:
             self.log.close()
             if self._lock is not None:
@@ -179,7 +181,7 @@ class Trainer:
         return signalled > 0
 
     def _open_run_dir(self) -> None:
-        """On rank 0, before step 0: take the lock, write down what is run and on what."""
+        """On rank 0, before anything is written: take the lock, keep an earlier run."""
         try:
             self._lock = RunLock(self.run_dir, report=self.log.message)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -192,6 +194,9 @@ class Trainer:
                 f"run: {self.run_dir} holds checkpoints of an earlier run and 'train.resume' is false; "
                 "give the run another run.name, or delete the folder"
             )
+
+    def _describe(self) -> None:
+        """On rank 0, before step 0: write down what is run and on what."""
         (self.run_dir / "config.yaml").write_text(self.cfg.to_yaml())
         (self.run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
 

@@ -38,7 +38,13 @@ def test_package_is_ours():
 
 
 def test_every_op_has_a_reference():
-    ops = set(kernels.__all__) - {"RegionSelection", "available_backends", "check_backends", "configure", "dense_crf_unary"}
+    ops = set(kernels.__all__) - {
+        "RegionSelection",
+        "available_backends",
+        "check_backends",
+        "configure",
+        "dense_crf_unary",
+    }
     assert ops == set(backend._implementations)
     for op in ops:
         assert "reference" in kernels.available_backends(op, "cpu")
@@ -69,6 +75,16 @@ def test_missing_implementation_is_named():
         kernels.radius_mask(torch.zeros(1, 4, 4), (2, 2), 1.0, backend="native")
     with pytest.raises(ValueError, match="backend 'triton'"):
         kernels.par(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2), backend="triton")
+
+
+def test_backends_that_cannot_run_are_found_before_a_call():
+    kernels.check_backends(CPU)
+    kernels.configure("auto", radius_mask="native")
+    try:
+        with pytest.raises(ValueError, match="radius_mask: backend 'native' cannot run"):
+            kernels.check_backends(CPU)
+    finally:
+        kernels.configure()
 
 
 def test_unknown_names():

@@ -190,8 +190,8 @@ def _class_index(label: Any, known: dict, image: str, path: Path) -> int:
         kind = "class name" if isinstance(label, str) else "class id"
         raise UserError(
             f"data: {path}: image {image} has the unknown {kind} {label!r}; expected one of "
-            f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}: correct the entry, or add "
-            "the class to 'categories'"
+            f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}: correct the entry, or "
+            "add the class to 'categories'"
         ) from None
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from wsss_dist.schema import StrictModel
+from wsss_dist.schema import ConfigPath, StrictModel
 
 
 class DataConfig(StrictModel):
     """Where the images are and how they are augmented."""
 
     format: Literal["coco", "voc", "folder"]
-    root: Path
+    root: ConfigPath
     train_split: str = "train"
     eval_splits: list[str] = []
     # names in the order of the class ids; None: the data set's own (coco: categories, voc: the 20, folder: classes.txt)
@@ -40,7 +39,7 @@ class DataConfig(StrictModel):
     @classmethod
     def _scale_is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1] <= 16:
-            raise ValueError(f"must be a range with 0 < low <= high <= 16, found {list(value)}")
+            raise ValueError("must be a range with 0 < low <= high <= 16")
         return value
 
     @field_validator("classes")

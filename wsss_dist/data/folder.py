@@ -81,8 +81,8 @@ def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarr
             if label not in index:
                 raise UserError(
                     f"data: {path}: image {row[0]} has the unknown class name '{label}'; expected one of "
-                    f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}: correct the row, or add the class "
-                    "to classes.txt or data.classes"
+                    f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}: correct the row, or add the "
+                    "class to classes.txt or data.classes"
                 )
             tags[k, index[label]] = 1
     files = [row[0].strip() for row in rows[1:]]

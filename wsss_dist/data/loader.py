@@ -227,7 +227,7 @@ def _eval_sample(dataset: Dataset, index: int) -> EvalSample:
         image = dataset.image(index)
     except DamagedImage as error:
         raise UserError(
-            f"data: image {error} of the evaluation split '{dataset.name}' cannot be read; "
+            f"data: image {error.path} of the evaluation split '{dataset.name}' cannot be read ({error.reason}); "
             "replace the file, or take it out of the split: leaving it out silently would change the score"
         ) from None
     mask = None

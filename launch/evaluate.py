@@ -9,7 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from wsss_dist.command import Parser, run_command
+try:
+    from wsss_dist.command import Parser, run_command
+except ModuleNotFoundError as error:
+    sys.exit(f"error: '{error.name}' is not installed in {sys.executable}; run `make setup`, or `pip install -e .`")
 
 
 def main() -> int:

@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from wsss_dist.command import Parser, run_command
-from wsss_dist.data.prepare.fetch import default_cache
-from wsss_dist.data.prepare.stampscenes import Settings, prepare_stampscenes
+try:
+    from wsss_dist.command import Parser, run_command
+    from wsss_dist.data.prepare.fetch import default_cache
+    from wsss_dist.data.prepare.stampscenes import Settings, prepare_stampscenes
+except ModuleNotFoundError as error:
+    sys.exit(f"error: '{error.name}' is not installed in {sys.executable}; run `make setup`, or `pip install -e .`")
 
 
 def main(arguments: list[str] | None = None) -> int:

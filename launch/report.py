@@ -9,8 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from wsss_dist.command import Parser, run_command
-from wsss_dist.report import build_comparison, build_report, load_result, results_text
+try:
+    from wsss_dist.command import Parser, run_command
+    from wsss_dist.report import build_comparison, build_report, load_result, results_text
+except ModuleNotFoundError as error:
+    sys.exit(f"error: '{error.name}' is not installed in {sys.executable}; run `make setup`, or `pip install -e .`")
 
 
 def main() -> int:

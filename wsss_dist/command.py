@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[], int]) -> int:
     """Run the body of a launch script.
 
-    A UserError or TrainingError is printed to stderr on rank 0; a full disk, a file without access, a full memory and
-    the end of a loader process on the rank that met them. Any other exception passes.
+    A UserError or TrainingError is printed to stderr on rank 0; a full disk, a file without access, a full memory, a
+    missing package and the end of a loader process on the rank that met them. Any other exception passes.
 
     Returns:
         the status of `command`, 2 a mistake in the input, 74 a full disk, or the error's own.
@@ -57,6 +57,8 @@ def _explained(error: Exception) -> tuple[str, int] | None:
             fix = "free space there and start the same command again: finished checkpoints are intact"
             return f"disk: {place} cannot be written ({error.strerror}); {fix}", 74
         return f"files: {place} cannot be used ({error.strerror}); give yourself access, or name another path", 2
+    if isinstance(error, ModuleNotFoundError) and error.name.split(".")[0] not in ("wsss_dist", "kernels"):
+        return f"install: '{error.name}' is missing in {sys.executable}; run `make setup`, or `pip install -e .`", 2
     first = str(error).partition("\n")[0]
     if isinstance(error, RuntimeError) and "DataLoader worker" in first:
         fix = (

@@ -171,7 +171,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     try:
         values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: cannot read {path}: {error}") from None
+        raise UserError(f"config: cannot read {path} ({error}); expected a text file in UTF-8: correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"config: {path} must hold sections (run, method, data, optim, train), found {values!r}")
     for setting in overrides:

@@ -49,11 +49,13 @@ def _sentence(model: type[BaseModel], error: Any, where: str) -> str:
         return f"config: unknown key '{key}' (value {error['input']!r}); {hint}"
     if kind == "missing":
         return f"config: key '{key}' is missing; add it to the config"
-    return f"config: '{key}' is {error['input']!r}: {_lower_first(error['msg'])}{_quotes_hint(kind, error['input'])}"
+    return f"config: '{key}' is {error['input']!r}: {_lower_first(error['msg'])}{_yaml_hint(kind, error['input'])}"
 
 
-def _quotes_hint(kind: str, value: Any) -> str:
-    """YAML turns some words into numbers and booleans, which looks odd to somebody who wrote a word."""
+def _yaml_hint(kind: str, value: Any) -> str:
+    """YAML turns some words into numbers and booleans, and a list needs brackets even where it has one entry."""
+    if kind in ("list_type", "tuple_type"):
+        return f"; write a list, as [{value}]"
     if kind not in ("string_type", "literal_error") or isinstance(value, str):
         return ""
     if isinstance(value, bool):

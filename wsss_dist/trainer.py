@@ -79,6 +79,7 @@ class Trainer:
         dist.on_main(self._open_run_dir)
         try:
             with self._signals():
+                self.checkpoints.check_space(self.engine)
                 start = self._resume()
                 dist.on_main(self._describe)  # now that the checkpoint fits what is asked for
                 return self._run(start)

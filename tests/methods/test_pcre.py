@@ -141,7 +141,7 @@ def test_every_trainable_parameter_is_in_one_group_and_gets_a_gradient_late_in_t
     listed = [id(p) for g in groups for p in g["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in method.parameters() if p.requires_grad}
-    factors = {"backbone": 1, "backbone_norm": 1, "class_tokens": 1, "heads": 10, "crme": 1}
+    factors = {"backbone": 1, "backbone_norm": 1, "class_tokens": 1, "heads": 10, "decoder": 10, "crme": 1}
     assert {g["name"]: g["lr_mult"] for g in groups} == factors
     method(random_batch(), 60)["loss"].backward()
     without = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]

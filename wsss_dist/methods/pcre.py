@@ -82,6 +82,7 @@ class LossConfig(StrictModel):
 
     aux: float = Field(1.0, ge=0)
     ptc: float = Field(0.3, ge=0)
+    ptc_from: float = Field(0.0, ge=0, le=1)  # ptc counts from this fraction of the run on
     conf: float = Field(1.0, ge=0)  # lambda_1
     refine: float = Field(2.0, ge=0)  # lambda_2
     cpe: float = Field(0.02, ge=0)  # lambda_3
@@ -106,7 +107,8 @@ class Config(StrictModel):
     crme: CrmeConfig | None = CrmeConfig()
     cpe: CpeConfig | None = CpeConfig()
     loss: LossConfig = LossConfig()
-    head_lr_mult: float = Field(10.0, gt=0)  # classifiers and segmentation head
+    head_lr_mult: float = Field(10.0, gt=0)  # classifiers
+    seg_lr_mult: float = Field(10.0, gt=0)  # segmentation head
     crme_lr_mult: float = Field(1.0, gt=0)
     token_lr_mult: float = Field(1.0, gt=0)  # class tokens and their positions
 
@@ -156,12 +158,13 @@ class Method(BaseMethod):
         norms = {id(p) for m in self.backbone.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
         tokens = [p for n, p in self.backbone.named_parameters() if n in ("class_tokens", "class_pos")]
         apart = norms | {id(p) for p in tokens}
-        heads = [self.classifier, self.aux_classifier, self.decoder]
+        heads = [self.classifier, self.aux_classifier]
         groups = [
             ("backbone", [p for p in self.backbone.parameters() if id(p) not in apart], 1.0),
             ("backbone_norm", [p for p in self.backbone.parameters() if id(p) in norms], 1.0),
             ("class_tokens", tokens, self.cfg.token_lr_mult),
             ("heads", [p for m in heads for p in m.parameters()], self.cfg.head_lr_mult),
+            ("decoder", list(self.decoder.parameters()), self.cfg.seg_lr_mult),
             ("crme", list(self.crme.parameters()) if self.crme else [], self.cfg.crme_lr_mult),
         ]
         kept = [{"name": n, "params": [p for p in ps if p.requires_grad], "lr_mult": m} for n, ps, m in groups]
@@ -184,7 +187,8 @@ class Method(BaseMethod):
         parts = {"cls": tag_loss(self._pooled(self.classifier, fmap), batch.labels)}
         parts["aux"] = w.aux * tag_loss(self._pooled(self.aux_classifier, features.as_map(features.aux)), batch.labels)
         if w.ptc:
-            parts["ptc"] = w.ptc * kernels.patch_token_contrast(features.patches, y_grid.flatten(1))
+            weight = w.ptc if progress >= w.ptc_from else 0.0
+            parts["ptc"] = weight * kernels.patch_token_contrast(features.patches, y_grid.flatten(1))
         if self.memory is not None:
             parts["cpe"] = w.cpe * kernels.class_patch_contrast(
                 features.class_tokens, features.patches.detach(), y_grid.flatten(1), batch.labels

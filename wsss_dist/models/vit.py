@@ -27,6 +27,7 @@ class BackboneConfig(StrictModel):
     weights: str | None = "timm"  # "timm" hub, a file, or null for random weights
     depth: int | None = Field(None, ge=2)  # use the first blocks only; null: all
     aux_block: int | None = None  # 1-based block of the auxiliary features; null: depth - 2 (10 of 12)
+    aux_norm: bool = False  # normalise the auxiliary features (no learnt scale); helps a head that trains briefly
     last_block: Literal["value_only", "attention"] = "value_only"
     frozen_blocks: int = Field(0, ge=0)  # first blocks (and the embedding) that keep their pretrained weights
     token_cache: ConfigPath | None = None  # folder that keeps the frozen blocks' tokens of each image it meets
@@ -50,7 +51,7 @@ class Features(NamedTuple):
     """Outputs of the backbone; a named tuple, since ZeRO-3 looks for tensors in tuples and dicts alone.
 
     class_tokens [B, C, D] and patches [B, N, D] after the final LayerNorm; aux [B, N, D], patches after the auxiliary
-    block, without LayerNorm; grid (h, w), patches are row-major.
+    block, raw unless `aux_norm`; grid (h, w), patches are row-major.
     """
 
     class_tokens: Tensor
@@ -141,6 +142,8 @@ class ViT(nn.Module):
             x = _block(self.blocks[i], x, c, value_only)
             if i + 1 == self.aux_block:
                 aux = x
+        if self.cfg.aux_norm:
+            aux = F.layer_norm(aux, (self.dim,))
         x = self.norm(x)
         return Features(x[:, :c], x[:, c + r :], aux[:, c + r :], grid)
 

@@ -69,6 +69,7 @@ class Method(BaseMethod):
         seg_scales: list[float],
         fuse: str,
         step: int | None = None,
+        extras: bool = False,
     ) -> Prediction:
         size = batch.images.shape[-2:]
         total = None

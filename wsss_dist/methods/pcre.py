@@ -9,11 +9,12 @@ one of its tags, M steps of the run, t step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 import kernels
@@ -31,7 +32,7 @@ from wsss_dist.schema import StrictModel
 class CamConfig(StrictModel):
     """CAMs of the pseudo labels (sections 2.2 to 2.4 of the paper's supplementary settings)."""
 
-    scales: list[float] = [1.0, 0.5, 0.75, 1.5]  # each with its mirror image
+    scales: list[PositiveFloat] = Field([1.0, 0.5, 0.75, 1.5], min_length=1)  # each with its mirror image
     high: float = Field(0.7, ge=0, le=1)  # above: the class
     low: float = Field(0.25, ge=0, le=1)  # at most: background; between: ignored
     proto_high: float = Field(0.7, ge=0, le=1)
@@ -39,11 +40,20 @@ class CamConfig(StrictModel):
     mix: float = Field(0.3, ge=0, le=1)  # share of the CRME mask in the fused map
     mix_from: float = Field(0.4, ge=0, le=1)  # from this fraction of the run on
 
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> CamConfig:
+        for low, high in (("low", "high"), ("proto_low", "proto_high")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"'{low}' is {getattr(self, low)} and must not be above '{high}', {getattr(self, high)}"
+                )
+        return self
+
 
 class ParConfig(StrictModel):
     """Pixel-adaptive refinement of the pseudo labels."""
 
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    dilations: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1, max_length=32)
     iterations: int = Field(10, ge=0)
     downscale: int = Field(2, ge=1)
 
@@ -57,6 +67,12 @@ class RadiusConfig(StrictModel):
     finish: float = Field(0.4, ge=0, le=1)
     after: Literal["hold", "off"] = "hold"  # keep the disc afterwards, or drop it
 
+    @model_validator(mode="after")
+    def _begins_before_it_finishes(self) -> RadiusConfig:
+        if self.begin >= self.finish:
+            raise ValueError(f"'begin' is {self.begin} and must be below 'finish', {self.finish}")
+        return self
+
 
 class CrmeConfig(QueryDecoderConfig):
     """Confidence region mask expansion."""
@@ -68,6 +84,13 @@ class CrmeConfig(QueryDecoderConfig):
     radius: RadiusConfig = RadiusConfig()
     ignore_as_negative: bool = True  # undecided target pixels count as "not this class" in L_refine
 
+    @field_validator("overlap")
+    @classmethod
+    def _overlap_is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError(f"must be a range with 0 <= low <= high <= 1, found {list(value)}")
+        return value
+
 
 class CpeConfig(StrictModel):
     """Class-prototype enhancement."""
@@ -78,12 +101,13 @@ class CpeConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """Weights of the loss terms; 0 switches a term and its work off."""
+    """Weights of the loss terms; a term of weight 0 is not computed (aux is: its CAM labels the patches)."""
 
     aux: float = Field(1.0, ge=0)
     ptc: float = Field(0.3, ge=0)
-    ptc_from: float = Field(0.0, ge=0, le=1)  # ptc counts from this fraction of the run on
+    contrast_from: float = Field(0.0, ge=0, le=1)  # ptc and cpe count from this fraction of the run on
     conf: float = Field(1.0, ge=0)  # lambda_1
+    conf_from: float = Field(0.0, ge=0, le=1)  # conf counts from this fraction of the run on
     refine: float = Field(2.0, ge=0)  # lambda_2
     cpe: float = Field(0.02, ge=0)  # lambda_3
     seg: float = Field(0.12, ge=0)
@@ -92,7 +116,7 @@ class LossConfig(StrictModel):
     energy_sigma_rgb: float = Field(15.0, gt=0)
     energy_sigma_xy: float = Field(100.0, gt=0)
     energy_scale_factor: float = Field(0.5, gt=0, le=1)
-    energy_scale: Literal["lattice", "true"] = "lattice"
+    energy_scale: Literal["lattice", "true"] = "lattice"  # "true": about 1.8 times larger, so halve reg with it
 
 
 class Config(StrictModel):
@@ -101,7 +125,7 @@ class Config(StrictModel):
     name: Literal["pcre"] = "pcre"
     backbone: BackboneConfig = BackboneConfig()
     pool: Literal["max", "avg"] = "max"  # over the grid, before both classifiers
-    seg_dilations: list[int] = [6, 12, 18, 24]
+    seg_dilations: list[PositiveInt] = Field([6, 12, 18, 24], min_length=1)
     cam: CamConfig = CamConfig()
     par: ParConfig = ParConfig()
     crme: CrmeConfig | None = CrmeConfig()
@@ -121,7 +145,8 @@ class Config(StrictModel):
 class Stage:
     """Maps of the gradient-free pass over scales and mirror images, each min-max normalised plane by plane.
 
-    main, aux, proto [B, C, H, W]; masks [P, H, W] CRME masks of `pairs` [P, 2]; logits: per scale [B, K, H, W].
+    main, aux, proto [B, C, H, W]; masks [P, H, W] CRME masks of `pairs` [P, 2]; logits: per scale [B, K, H, W], plain
+    and mirrored added; single: the plain ones of scale 1.
     """
 
     main: Tensor
@@ -130,6 +155,7 @@ class Stage:
     masks: Tensor | None
     pairs: Tensor | None
     logits: list[Tensor]
+    single: Tensor | None
 
 
 class Method(BaseMethod):
@@ -176,29 +202,33 @@ class Method(BaseMethod):
         """Losses of one micro batch (section "one iteration" of the paper's method): `loss` and its parts."""
         w, progress = self.cfg.loss, step / self.train_steps
         gated = progress > w.gate_from
-        stage = self._stage(batch.images, batch.labels, self.cfg.cam.scales, (), progress)
-        y_grid = self._grid_labels(stage.aux, batch)
-        y_seg = y_pro = None
-        if gated:
-            y_seg, y_pro = self._pseudo_labels(stage, batch)
+        refine = gated and self.crme is not None and w.refine > 0
+        dense = gated and (w.seg > 0 or w.reg > 0)
+        contrast = progress >= w.contrast_from and (w.ptc > 0 or (self.memory is not None and w.cpe > 0))
+        y_grid = y_seg = y_pro = None
+        if contrast or refine or dense:
+            stage = self._stage(batch.images, batch.labels, self.cfg.cam.scales, (), progress, proto=refine)
+            y_grid = self._grid_labels(stage.aux, batch)
+            if refine or dense:
+                y_seg, y_pro = self._pseudo_labels(stage, batch)
 
         features = self.backbone(batch.images)
         fmap = features.as_map(features.patches)
         parts = {"cls": tag_loss(self._pooled(self.classifier, fmap), batch.labels)}
         parts["aux"] = w.aux * tag_loss(self._pooled(self.aux_classifier, features.as_map(features.aux)), batch.labels)
-        if w.ptc:
-            weight = w.ptc if progress >= w.ptc_from else 0.0
-            parts["ptc"] = weight * kernels.patch_token_contrast(features.patches, y_grid.flatten(1))
+        if contrast and w.ptc:
+            parts["ptc"] = w.ptc * kernels.patch_token_contrast(features.patches, y_grid.flatten(1))
         if self.memory is not None:
-            parts["cpe"] = w.cpe * kernels.class_patch_contrast(
-                features.class_tokens, features.patches.detach(), y_grid.flatten(1), batch.labels
-            )
+            if contrast and w.cpe:
+                parts["cpe"] = w.cpe * kernels.class_patch_contrast(
+                    features.class_tokens, features.patches.detach(), y_grid.flatten(1), batch.labels
+                )
             if progress >= self.cfg.cpe.start:
                 self._pending.append((step, features.class_tokens.detach().float(), batch.labels))
         extra = {}
-        if self.crme is not None:
-            parts |= self._crme_losses(batch, features, y_pro, progress, extra)
-        if gated and (w.seg or w.reg):
+        if self.crme is not None and progress >= min(w.conf_from, w.gate_from):
+            parts |= self._crme_losses(batch, features, y_pro if refine else None, progress, extra)
+        if dense:
             parts |= self._segmentation_losses(batch, fmap, y_seg)
         loss = sum(parts.values())
         return {"loss": loss} | {f"loss_{k}": v.detach() for k, v in parts.items()} | extra
@@ -228,7 +258,7 @@ class Method(BaseMethod):
         w = self.cfg.loss
         mask_logits, scores = self.crme(batch.images, features.patches, features.grid)
         confidence = scores.sum(1).clamp(0, 1)  # [B, C]
-        parts = {"conf": w.conf * nn.functional.binary_cross_entropy(confidence, batch.labels)}
+        parts = {"conf": w.conf * mask_bce(confidence, batch.labels).mean()}
         if y_pro is None:
             # keeps the mask head in the graph: every step then has the same parameters in it
             return parts | {"refine": mask_logits.float().sum() * 0.0}
@@ -269,13 +299,19 @@ class Method(BaseMethod):
 
     @torch.no_grad()
     def _stage(
-        self, images: Tensor, labels: Tensor, cam_scales: list[float], seg_scales: list[float], progress: float
+        self,
+        images: Tensor,
+        labels: Tensor,
+        cam_scales: Sequence[float],
+        seg_scales: Sequence[float],
+        progress: float,
+        proto: bool = False,
     ) -> Stage:
-        """Run every scale with its mirror image; see `Stage`."""
+        """Run every scale with its mirror image; see `Stage`. `proto`: make the prototype maps too."""
         size = images.shape[-2:]
         want_masks = self.crme is not None and progress >= self.cfg.cam.mix_from
         sums: dict[str, Tensor] = {}
-        logits, pairs = {}, None
+        logits, pairs, single = {}, None, None
         for scale in sorted({*cam_scales, *seg_scales}):
             x = cams.upsample(images, cams.scaled_size(size, scale))
             x = torch.cat([x, x.flip(-1)])
@@ -285,12 +321,13 @@ class Method(BaseMethod):
             if scale in seg_scales:
                 up = cams.upsample(self.decoder(fmap).float(), size)
                 logits[scale] = up[: len(images)] + up[len(images) :].flip(-1)
+                single = up[: len(images)] if scale == 1.0 else single
             if scale not in cam_scales:
                 continue
             maps["main"] = self.classifier(fmap)
             maps["aux"] = self.aux_classifier(features.as_map(features.aux))
-            if self.memory is not None:
-                maps["proto"] = features.as_map(self.memory.similarity(features.patches).to(fmap))
+            if proto and self.memory is not None:
+                maps["proto"] = features.as_map(self.memory(features.patches))
             maps = {k: cams.merge_mirror(v, size).relu() for k, v in maps.items()}
             if want_masks:
                 maps["masks"], pairs = self._crme_masks(x, features, labels, size)
@@ -303,6 +340,7 @@ class Method(BaseMethod):
             masks=maps.get("masks"),
             pairs=pairs,
             logits=[logits[s] for s in seg_scales],
+            single=single,
         )
 
     def _crme_masks(
@@ -337,10 +375,9 @@ class Method(BaseMethod):
         fused = stage.main * labels[..., None, None]
         if stage.masks is None:
             return fused
-        fused, mix = fused.clone(), self.cfg.cam.mix
-        for (b, c), mask in zip(stage.pairs.tolist(), stage.masks, strict=True):
-            if mask.sum() > 1e-5:
-                fused[b, c] = mix * mask + (1 - mix) * fused[b, c]
+        image, label = stage.pairs.unbind(1)
+        mix = self.cfg.cam.mix * (stage.masks.sum((1, 2), keepdim=True) > 1e-5)  # an empty mask leaves the CAM as it is
+        fused[image, label] = mix * stage.masks + (1 - mix) * fused[image, label]
         return fused
 
     @torch.no_grad()
@@ -389,15 +426,19 @@ class Method(BaseMethod):
         seg_scales: list[float],
         fuse: str,
         step: int | None = None,
+        extras: bool = False,
     ) -> Prediction:
         progress = 1.0 if step is None else step / self.train_steps
         stage = self._stage(batch.images, batch.labels, cam_scales, seg_scales, progress)
-        extras = {"pseudo": self._pseudo_labels(stage, batch)[0]}
-        if stage.masks is not None:
-            extras["crme"] = torch.zeros_like(stage.main)
-            extras["crme"][stage.pairs[:, 0], stage.pairs[:, 1]] = stage.masks
+        shown = {}
+        if extras:
+            shown["pseudo"] = self._pseudo_labels(stage, batch)[0]
+        if extras and stage.masks is not None:
+            shown["crme"] = torch.zeros_like(stage.main)
+            shown["crme"][stage.pairs[:, 0], stage.pairs[:, 1]] = stage.masks
         return Prediction(
             cam=self._fused(stage, batch.labels),
             logits=cams.fuse_logits(stage.logits, list(seg_scales), fuse),
-            extras=extras,
+            single=stage.single,
+            extras=shown,
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from wsss_dist.errors import UserError
 from wsss_dist.models.vit import resize_positions
 from wsss_dist.schema import StrictModel
 
@@ -45,6 +46,11 @@ class QueryDecoder(nn.Module):
 
     def __init__(self, cfg: QueryDecoderConfig, dim: int, patch_size: int, num_classes: int):
         super().__init__()
+        if dim % cfg.heads or dim % 32:
+            raise UserError(
+                f"config: 'method.crme.heads' is {cfg.heads}, which must divide the backbone's width {dim}, "
+                "itself a multiple of 32; choose another number of heads or another backbone"
+            )
         self.grid = (cfg.query_grid, cfg.query_grid)
         self.embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, cfg.query_grid**2, dim), std=0.02))

@@ -26,9 +26,10 @@ class PrototypeMemory(nn.Module):
         self.prototypes = kept.to(self.prototypes.device)
         return self
 
-    def similarity(self, patches: Tensor) -> Tensor:
-        """Absolute cosine of patches [B, N, D] with each prototype, [B, N, C] float32."""
-        return (F.normalize(patches.float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T).abs()
+    def forward(self, patches: Tensor) -> Tensor:
+        """Absolute cosine of patches [B, N, D] with each prototype, [B, N, C] float32 also under autocast."""
+        with torch.autocast(patches.device.type, enabled=False):
+            return (F.normalize(patches.float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T).abs()
 
     @torch.no_grad()
     def update(self, tokens: Tensor, labels: Tensor, momentum: float, normalize_token: bool = False) -> None:

@@ -22,8 +22,9 @@ class TokenCache:
     it get the same bits. Files are written under a temporary name and renamed: ranks may share a folder.
     """
 
-    def __init__(self, root: Path, frozen: dict[str, Tensor]):
-        digest = hashlib.sha256()
+    def __init__(self, root: Path, frozen: dict[str, Tensor], settings: str = ""):
+        """`frozen`: the weights that make the tokens; `settings`: whatever else they depend on."""
+        digest = hashlib.sha256(settings.encode())
         for name in sorted(frozen):
             digest.update(name.encode())
             digest.update(frozen[name].detach().float().cpu().numpy().tobytes())
@@ -35,7 +36,11 @@ class TokenCache:
         The key is a digest of size and pixels, so two images never share an entry, whatever their names.
         """
         pixels = np.ascontiguousarray(image.detach().float().cpu().numpy())
-        digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=20)
+        # half-precision arithmetic gives other tokens
+        how = (
+            torch.get_autocast_dtype(image.device.type) if torch.is_autocast_enabled(image.device.type) else image.dtype
+        )
+        digest = hashlib.blake2b(f"{pixels.shape} {how}".encode(), digest_size=20)
         digest.update(pixels)
         path = self.folder / f"{digest.hexdigest()}.npy"
         try:

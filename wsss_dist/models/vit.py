@@ -103,7 +103,9 @@ class ViT(nn.Module):
         for name, value in zip(("class_tokens", "class_pos"), start, strict=True):  # [C, D] each
             self.register_parameter(name, nn.Parameter(value.repeat(num_class_tokens, 1)) if num_class_tokens else None)
         self._freeze()
-        self.cache = TokenCache(cfg.token_cache, self._frozen_state()) if cfg.token_cache else None
+        self.cache = (
+            TokenCache(cfg.token_cache, self._frozen_state(), str(cfg.pos_antialias)) if cfg.token_cache else None
+        )
 
     @property
     def weights_note(self) -> str | None:
@@ -132,10 +134,11 @@ class ViT(nn.Module):
             tokens = self._frozen_tokens(images, grid)
             cls, x = tokens[:, :1], tokens[:, 1:]
         else:
-            cls, x = 0, self._embed(images, grid)
+            cls, x = None, self._embed(images, grid)
         if c:
             own = (self.class_tokens + self.class_pos).expand(len(images), -1, -1)
-            x = torch.cat([cls + own, x], dim=1)
+            own = cls + own if self.cfg.frozen_blocks else self.norm_pre(own)
+            x = torch.cat([own, x], dim=1)
         aux = x
         for i in range(self.cfg.frozen_blocks, self.depth):
             value_only = i == self.depth - 1 and self.cfg.last_block == "value_only"
@@ -166,7 +169,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def _run_frozen(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self._embed(images, grid)], dim=1)
+        cls = self.norm_pre(self.cls_token).expand(len(images), -1, -1)
+        x = torch.cat([cls, self._embed(images, grid)], dim=1)
         for block in self.blocks[: self.cfg.frozen_blocks]:
             x = _block(block, x, 1, value_only=False)
         return x

@@ -120,11 +120,6 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return all_reduce_sum(tensor) / world_size()
 
 
-def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Largest value over ranks, elementwise, as a new tensor on the device of the input; no gradient."""
-    return tensor.detach().clone() if world_size() == 1 else _reduce(tensor, td.ReduceOp.MAX)
-
-
 def all_gather(tensor: Tensor) -> Tensor:
     """Stack a tensor of the same shape on every rank: [...] -> [world_size, ...], in order of rank; no gradient."""
     if world_size() == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from wsss_dist.data.transforms import MEAN, STD
+from wsss_dist.data.transforms import denormalise
 
 
 @dataclass
@@ -34,8 +34,7 @@ class Batch:
 
     def rgb(self) -> Tensor:
         """The images as [B, 3, H, W] float32 RGB in [0, 1], rounded to the 8-bit levels they came from."""
-        mean, std = (torch.tensor(v, device=self.images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-        return ((self.images.float() * std + mean) * 255).round().clamp(0, 255) / 255
+        return denormalise(self.images.float()).round().clamp(0, 255) / 255
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

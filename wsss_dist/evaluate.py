@@ -1,4 +1,4 @@
-"""Evaluation of a method on splits with masks: CAM, segmentation head, and the head after a dense CRF.
+"""Evaluation of a method on splits with masks: CAM, segmentation head in several protocols, pseudo labels.
 
 B batch, C foreground classes, K = C + 1 with background (0), H W pixels of an image at its native size.
 
@@ -15,31 +15,29 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-import kernels
 from wsss_dist import dist
 from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples
 from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
-from wsss_dist.metrics import SWEEP, ConfusionMatrix, ThresholdSweep
+from wsss_dist.metrics import SWEEP, ThresholdSweep
 from wsss_dist.schema import StrictModel
+from wsss_dist.scoring import Tally, resized, score_image
 
 if TYPE_CHECKING:  # config.py composes EvalConfig, so a plain import would be a circle
     from wsss_dist.config import RunConfig
-    from wsss_dist.methods.base import BaseMethod, Prediction
+    from wsss_dist.methods.base import BaseMethod
 
 
 class CRFConfig(StrictModel):
@@ -104,7 +102,14 @@ def open_splits(cfg: RunConfig, splits: list[str], class_names: list[str] | None
 
 
 def evaluate_splits(
-    method: BaseMethod, cfg: RunConfig, splits: list[str], run_dir: Path, step: int | None, *, final: bool = True
+    method: BaseMethod,
+    cfg: RunConfig,
+    splits: list[str],
+    run_dir: Path,
+    step: int | None,
+    *,
+    final: bool = True,
+    weights_note: str | None = None,
 ) -> dict[str, dict[str, dict]]:
     """Score a method on splits; a collective call, every rank has to make it and every rank gets the same result.
 
@@ -113,16 +118,25 @@ def evaluate_splits(
         splits: names of splits with masks.
         run_dir: run folder.
         step: training step the weights stand at; None means trained to the end.
-        final: the full evaluation: all images, CRF, pictures under run_dir/samples, and run_dir/result.json.
-            False is the quick one during training: eval.limit images, no CRF, nothing written.
+        final: the full evaluation: all images, scales and kinds, pictures under run_dir/samples, and
+            run_dir/result.json. False is the quick one during training: eval.limit images, the segmentation head at
+            scale 1.0 alone, no CRF, no pseudo labels, nothing written.
+        weights_note: what result.json says of the weights the run started from; None: what the method says.
     Returns:
-        split -> kind -> metrics (`ConfusionMatrix.summary`). Kinds: "cam" (threshold eval.beta, tags of the image
-        given), "cam_best" (best threshold of 0.05..0.95 on this split: an oracle, as usual for CAM seeds), and, for a
-        method with a segmentation head, "seg" and "seg_crf".
+        split -> kind -> metrics (`ConfusionMatrix.summary`). Kinds:
+        "cam": threshold eval.beta, tags of the image given;
+        "cam_best": best threshold of 0.05..0.95 on this split, an oracle, as usual for CAM seeds;
+        and, for a method with a segmentation head,
+        "seg_single": scale 1.0 without mirror image (PCRE's ablations, Tables 1a-h);
+        "seg": eval.seg_scales, each with its mirror image;
+        "seg_crf": the same after the CRF;
+        "seg_tags": as "seg", with classes that are not tags of the image ruled out, the measure of pseudo masks;
+        "pseudo": the label map that such a method would be trained on (`Prediction.extras`). Its undecided pixels (255)
+        are left out of the count, so it compares with nothing but itself; "ignored" is their share of the pixels with
+        a true label.
     """
-    if not final and cfg.eval.limit is not None:
-        limit = min(cfg.eval.limit, cfg.data.val_limit or cfg.eval.limit)
-        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val_limit": limit})})
+    if not final:
+        cfg = _quick(cfg)
     results, records = {}, {}
     datasets = open_splits(cfg, splits)
     for split, dataset in datasets.items():
@@ -141,119 +155,50 @@ def evaluate_splits(
             _write_samples(Path(run_dir) / "samples" / split, tally.samples)
     if final and datasets:
         class_names = next(iter(datasets.values())).class_names
-        dist.on_main(lambda: _write_result(Path(run_dir), method, cfg, class_names, records))
+        note = weights_note or getattr(method, "weights_note", None)
+        dist.on_main(lambda: _write_result(Path(run_dir), note, cfg, class_names, records))
     return results
+
+
+def _quick(cfg: RunConfig) -> RunConfig:
+    """The settings of the evaluation during training."""
+    settings = cfg.eval.model_copy(update={"seg_scales": [1.0], "crf": None})
+    data = cfg.data
+    if settings.limit is not None:
+        data = data.model_copy(update={"val_limit": min(settings.limit, data.val_limit or settings.limit)})
+    return cfg.model_copy(update={"eval": settings, "data": data})
 
 
 # ---------------------------------------------------------------------------------------------------- one split
 
 
-@dataclass
-class _Tally:
-    """Counts and kept pictures of one split on this rank."""
-
-    sweep: ThresholdSweep
-    matrices: dict[str, ConfusionMatrix] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, kind: str, pred: Tensor, gt: Tensor) -> None:
-        if kind not in self.matrices:
-            self.matrices[kind] = ConfusionMatrix(self.sweep.num_classes)
-        self.matrices[kind].update(pred, gt)
-
-    def results(self, beta: float) -> dict[str, dict]:
-        """Metrics over all ranks. A rank without images has no kinds of its own, so the names are gathered first."""
-        sweep = self.sweep.reduced()
-        threshold, best = sweep.best(SWEEP)
-        out = {
-            "cam": {**sweep.at(beta).summary(), "threshold": beta},
-            "cam_best": {**best.summary(), "threshold": threshold, "oracle": "threshold chosen on this split"},
-        }
-        for kind in sorted(set().union(*dist.all_gather_object(list(self.matrices)))):
-            own = self.matrices.get(kind, ConfusionMatrix(self.sweep.num_classes))
-            out[kind] = own.reduced().summary()
-        return out
-
-
-def _score_split(method: BaseMethod, cfg: RunConfig, dataset: Any, split: str, step: int | None, final: bool) -> _Tally:
+def _score_split(method: BaseMethod, cfg: RunConfig, dataset: Any, split: str, step: int | None, final: bool) -> Tally:
     num_classes = len(dataset.class_names) + 1
-    tally = _Tally(ThresholdSweep(num_classes, (*SWEEP, cfg.eval.beta)))
+    tally = Tally(ThresholdSweep(num_classes, (*SWEEP, cfg.eval.beta)))
     loader = build_eval_loader(dataset, cfg.data, rank=dist.rank(), world_size=dist.world_size())
     total = _num_images(dataset, cfg)
     keep = _strided(total, cfg.report.num_images) if final else set()
-    crf = cfg.eval.crf if final else None
     inputs = ((sample, _network_input(sample.image.to(_device(method)), cfg.eval.size, method)) for sample in loader)
     positions = itertools.count(dist.rank(), dist.world_size())
     for chunk in _chunks(_progress(inputs, len(loader), f"evaluate {split}"), cfg.eval.batch):
         samples, images = zip(*chunk, strict=True)
-        prediction = _predict(method, cfg.eval, samples, torch.stack(images), step)
+        batch = _batch(samples, torch.stack(images))
+        scales = {"cam_scales": cfg.eval.cam_scales, "seg_scales": cfg.eval.seg_scales, "fuse": cfg.eval.fuse}
+        prediction = method.predict(batch, **scales, step=step, extras=final)
         for i, sample in enumerate(samples):
-            shown = _score_image(tally, prediction, i, sample, crf)
-            if next(positions) in keep:
-                tally.samples.append(shown)
+            score_image(tally, prediction, i, sample, cfg.eval.crf, keep=next(positions) in keep)
     return tally
 
 
-def _predict(
-    method: BaseMethod, cfg: EvalConfig, samples: Sequence[EvalSample], images: Tensor, step: int | None
-) -> Prediction:
+def _batch(samples: Sequence[EvalSample], images: Tensor) -> Batch:
     device = images.device
-    batch = Batch(
+    return Batch(
         images=images,
         labels=torch.stack([s.labels for s in samples]).to(device),
         boxes=torch.tensor([[0, 0, *images.shape[-2:]]] * len(samples), device=device),
         ids=[s.id for s in samples],
         flipped=torch.zeros(len(samples), dtype=torch.bool, device=device),
     )
-    return method.predict(batch, cam_scales=cfg.cam_scales, seg_scales=cfg.seg_scales, fuse=cfg.fuse, step=step)
-
-
-def _score_image(
-    tally: _Tally, prediction: Prediction, i: int, sample: EvalSample, crf: CRFConfig | None
-) -> dict[str, Any]:
-    """Add image i of a prediction to the counts; returns what the report shows of it (numpy, native size)."""
-    size = tuple(sample.image.shape[-2:])
-    device = prediction.cam.device
-    gt = sample.mask.to(device)
-    tags = torch.nonzero(sample.labels > 0).flatten().tolist()
-    shown = {
-        "index": np.int64(sample.index),
-        "id": np.str_(sample.id),
-        "tags": np.array(tags, dtype=np.int64) + 1,  # class ids as in the masks
-        "image": sample.image.permute(1, 2, 0).numpy(),
-        "truth": sample.mask.numpy(),
-    }
-    cam = _resized(prediction.cam[i, tags].float(), size)
-    value, which = cam.max(0) if tags else (torch.zeros(size, device=device), torch.zeros_like(gt, dtype=torch.int64))
-    class_ids = torch.tensor([t + 1 for t in tags] or [1], device=device)
-    tally.sweep.update(value, class_ids[which], gt)
-    shown["cam"] = _bytes(cam)
-    if prediction.logits is not None:
-        logits = _resized(prediction.logits[i].float(), size)
-        labels = {"seg": logits.argmax(0)}
-        if crf is not None:
-            labels["seg_crf"] = crf_labels(logits, sample.image.to(device), crf)
-        for kind, pred in labels.items():
-            tally.add(kind, pred, gt)
-            shown[kind] = pred.to(torch.uint8).cpu().numpy()
-    for name, maps in prediction.extras.items():
-        shown[f"extra_{name}"] = _shown_extra(maps[i], tags, size)
-    return shown
-
-
-def crf_labels(logits: Tensor, image: Tensor, cfg: CRFConfig) -> Tensor:
-    """Labels [H, W] int64 after a dense CRF with unary -ln(clip(softmax(logits), 1e-5, 1)).
-
-    Args:
-        logits: [K, H, W] at the native size.
-        image: [3, H, W] uint8 RGB.
-    Source: Krähenbühl & Koltun, NeurIPS 2011; unary and parameters as PCRE's evaluation.
-    """
-    unary = -logits.float().softmax(0).clamp(1e-5, 1.0).log()
-    refined = kernels.dense_crf(
-        unary[None], image[None], spatial=cfg.spatial, bilateral=cfg.bilateral, iterations=cfg.iterations, mode="fast"
-    )
-    return refined[0].argmax(0)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -263,25 +208,7 @@ def _network_input(image: Tensor, size: int | None, method: nn.Module) -> Tensor
     """[3, H, W] uint8 -> normalised float32 at the network's size (bilinear, half-pixel centres, no antialiasing)."""
     patch = getattr(method, "patch_size", 1)
     native = [max(patch, round(s / patch) * patch) for s in image.shape[-2:]]
-    return normalise(_resized(image.float(), tuple(native) if size is None else (size, size)))
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, H, W] float -> [C, *size]; C may be 0, which interpolate would refuse."""
-    if maps.shape[0] == 0:
-        return maps.new_zeros(0, *size)
-    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def _shown_extra(maps: Tensor, tags: list[int], size: tuple[int, int]) -> np.ndarray:
-    """A map of the report at native size: [C, H, W] floats -> uint8 of the tags; [H, W] labels -> uint8 labels."""
-    if maps.ndim == 3:
-        return _bytes(_resized(maps[tags].float(), size))
-    return F.interpolate(maps[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8).cpu().numpy()
-
-
-def _bytes(maps: Tensor) -> np.ndarray:
-    return (maps.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return normalise(resized(image.float(), tuple(native) if size is None else (size, size)))
 
 
 def _device(method: nn.Module) -> torch.device:
@@ -360,7 +287,7 @@ def _write_samples(folder: Path, samples: list[dict[str, Any]]) -> None:
     dist.on_main(write)
 
 
-def _write_result(run_dir: Path, method: nn.Module, cfg: RunConfig, class_names: list[str], records: dict) -> None:
+def _write_result(run_dir: Path, note: str | None, cfg: RunConfig, class_names: list[str], records: dict) -> None:
     """Write run_dir/result.json; splits of an earlier evaluation that this one did not touch are kept."""
     path = run_dir / "result.json"
     earlier = json.loads(path.read_text())["splits"] if path.exists() else {}
@@ -370,7 +297,7 @@ def _write_result(run_dir: Path, method: nn.Module, cfg: RunConfig, class_names:
         "seed": cfg.run.seed,
         "class_names": ["background", *class_names],
         "data_note": _data_note(Path(cfg.data.root)),
-        "weights_note": getattr(method, "weights_note", None),
+        "weights_note": note,
         "splits": {**earlier, **records},
     }
     partial = path.with_suffix(".json.partial")

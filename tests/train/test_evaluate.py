@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import kernels
-from wsss_dist import dist, evaluate
+from wsss_dist import dist, evaluate, scoring
 from wsss_dist.data import DataConfig, Dataset
 from wsss_dist.errors import UserError
 from wsss_dist.evaluate import CRFConfig, EvalConfig, evaluate_splits
@@ -48,7 +48,7 @@ class ColourSet(Dataset):
         super().__init__("colours", CLASSES, None, [f"c/{i}.jpg" for i in range(n)], np.zeros((n, 3), np.uint8))
         self.masks = masks
         for i in range(n):
-            self.tags[i] = [c + 1 in self.mask(i) for c in range(3)]
+            self.tags[i] = [c + 1 in self.mask(i) and (i + c) % 4 > 0 for c in range(3)]  # a few are missing
 
     def _rng(self, i):
         return np.random.default_rng(i)
@@ -86,17 +86,26 @@ class Colours(BaseMethod):
         self.frozen = torch.nn.Dropout()
         self.frozen.eval()
         self.seg, self.extras, self.gain, self.seen, self.modes = seg, extras, gain, [], []
+        self.asked = []
 
-    def predict(self, batch, *, cam_scales, seg_scales, fuse, step=None):
+    def predict(self, batch, *, cam_scales, seg_scales, fuse, step=None, extras=False):
         assert not torch.is_grad_enabled()
+        self.asked.append((cam_scales, seg_scales, extras))
         self.seen.append((tuple(batch.images.shape), batch.ids, step))
         self.modes.append(self.training)
         torch.rand(3)  # an evaluation that draws random numbers must not disturb the training's
         cam = torch.sigmoid(batch.images) * batch.labels[:, :, None, None]
         logits = self.gain * torch.cat([torch.full_like(batch.images[:, :1], 0.2), batch.images], 1)
-        logits = logits if self.seg else None
-        extras = {"crme": cam, "pseudo": cam.argmax(1) + 1} if self.extras else {}
-        return Prediction(cam=cam, logits=logits, extras=extras)
+        if not self.seg:
+            return Prediction(cam=cam)
+        maps = {"crme": cam, "pseudo": pseudo_labels(batch.images)} if self.extras else {}
+        return Prediction(cam=cam, logits=logits, single=logits.flip(1), extras=maps)
+
+
+def pseudo_labels(images):
+    """Any rule with all kinds of labels: the brightest channel, undecided where it is near the mean of the data set."""
+    value, which = images.max(1)
+    return torch.where(value > 1.0, which + 1, torch.where(value > 0, 255, 0))
 
 
 def config(**kwargs):
@@ -113,10 +122,12 @@ def colours(monkeypatch):
     return dataset
 
 
-def expected(dataset, indices, size=24):
-    """The slow twin: image by image, threshold by threshold, plain numpy labels."""
+def expected(dataset, indices, size=24, every=False):
+    """The slow twin: image by image, threshold by threshold, plain numpy labels; every: also the other kinds."""
     cams = {t: ConfusionMatrix(4) for t in (*SWEEP, 0.5)}
     seg = ConfusionMatrix(4)
+    more = {k: ConfusionMatrix(4) for k in ("seg_single", "seg_tags", "pseudo")}
+    left_out, total = 0, 0
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for i in indices:
         image = torch.from_numpy(dataset.image(i)).permute(2, 0, 1)[None].float()
@@ -127,20 +138,34 @@ def expected(dataset, indices, size=24):
         for t, matrix in cams.items():
             matrix.update(torch.where(cam.amax(0) > t, cam.argmax(0) + 1, 0), gt)
         logits = torch.cat([torch.full_like(x[:, :1], 0.2), x], 1)
-        seg.update(F.interpolate(logits, gt.shape, mode="bilinear")[0].argmax(0), gt)
-    return cams, seg
+        full = F.interpolate(logits, gt.shape, mode="bilinear")[0]
+        seg.update(full.argmax(0), gt)
+        more["seg_single"].update(full.flip(0).argmax(0), gt)
+        allowed = [0, *(np.flatnonzero(dataset.labels(i)) + 1)]
+        more["seg_tags"].update(torch.tensor(allowed)[full[allowed].argmax(0)], gt)
+        rows, columns = (((np.arange(s) + 0.5) * size // s).astype(int) for s in gt.shape)  # nearest, pixel centres
+        pseudo = pseudo_labels(x)[0][rows][:, columns].numpy()
+        decided, truth = pseudo != 255, gt.numpy()
+        more["pseudo"].update(torch.from_numpy(pseudo[decided]), torch.from_numpy(truth[decided]))
+        left_out, total = left_out + (~decided & (truth != 255)).sum(), total + (truth != 255).sum()
+    summaries = {k: m.summary() for k, m in more.items()}
+    summaries["pseudo"]["ignored"] = left_out / total
+    return (cams, seg, summaries) if every else (cams, seg)
 
 
 def test_kinds_equal_the_slow_twin(colours, tmp_path):
-    result = evaluate_splits(Colours(), config(), ["val"], tmp_path, 5)["val"]
-    cams, seg = expected(colours, range(7))
-    assert set(result) == {"cam", "cam_best", "seg"}
+    result = evaluate_splits(Colours(extras=True), config(), ["val"], tmp_path, 5)["val"]
+    cams, seg, more = expected(colours, range(7), every=True)
+    assert list(result) == ["cam", "cam_best", "seg_single", "seg", "seg_tags", "pseudo"]
     assert result["cam"] == {**cams[0.5].summary(), "threshold": 0.5}
     best = max(SWEEP, key=lambda t: cams[t].miou())
     assert result["cam_best"]["threshold"] == best and result["cam_best"]["miou"] == cams[best].miou()
     assert "oracle" in result["cam_best"]
     assert result["seg"] == seg.summary()
     assert 0.3 < result["seg"]["miou"] < 1, "the test data has to be neither trivial nor hopeless"
+    assert {k: result[k] for k in more} == more
+    assert 0.1 < result["pseudo"]["ignored"] < 0.9
+    assert result["seg_tags"] != result["seg"] != result["seg_single"]
 
 
 def test_beta_off_the_grid(colours, tmp_path):
@@ -196,13 +221,19 @@ def test_training_flags_are_restored_after_an_error(colours, tmp_path):
 
 
 def test_quick_evaluation_takes_the_limit_and_writes_nothing(colours, tmp_path):
-    cfg = config(limit=3, crf=CRFConfig())
-    result = evaluate_splits(Colours(), cfg, ["val"], tmp_path, 1, final=False)["val"]
-    assert set(result) == {"cam", "cam_best", "seg"}, "no CRF during training"
-    _, seg = expected(colours, [0, 2, 4])
+    cfg = config(limit=3, crf=CRFConfig(), cam_scales=[0.5, 1.0], seg_scales=[1.25, 1.0])
+    method = Colours()
+    result = evaluate_splits(method, cfg, ["val"], tmp_path, 1, final=False)["val"]
+    assert list(result) == ["cam", "cam_best", "seg_single", "seg", "seg_tags"], "no CRF, no pseudo labels"
+    assert method.asked == [([0.5, 1.0], [1.0], False)], "the head at scale 1.0 alone, nothing for the report"
+    _, seg, more = expected(colours, [0, 2, 4], every=True)
     assert result["seg"] == seg.summary()
+    assert all(result[k] == more[k] for k in ("seg_single", "seg_tags"))
     assert list(tmp_path.iterdir()) == []
-    full = evaluate_splits(Colours(), config(limit=3), ["val"], tmp_path, 1)["val"]
+    method = Colours()
+    cfg = config(limit=3, cam_scales=[0.5, 1.0], seg_scales=[1.25, 1.0])
+    full = evaluate_splits(method, cfg, ["val"], tmp_path, 1)["val"]
+    assert set(map(str, method.asked)) == {str(([0.5, 1.0], [1.25, 1.0], True))}
     assert full["seg"] == expected(colours, range(7))[1].summary(), "the limit is for the evaluations during training"
 
 
@@ -235,6 +266,25 @@ def test_samples_and_result_file(colours, tmp_path):
     assert result["method"] == "colours" and result["splits"]["val"]["step"] == 9
     evaluate_splits(method, config(), ["other"], tmp_path, 9)
     assert set(json.loads((tmp_path / "result.json").read_text())["splits"]) == {"val", "other"}
+
+
+def test_nothing_is_made_for_the_report_of_images_that_it_does_not_show(colours, tmp_path, monkeypatch):
+    shown = []
+    original = scoring._shown_extra
+    monkeypatch.setattr(scoring, "_shown_extra", lambda *args: shown.append(1) or original(*args))
+    method = Colours(extras=True)
+    evaluate_splits(method, config(num_images=2), ["val"], tmp_path, 1)
+    assert len(shown) == 2 * 2, "two maps of two images"
+    evaluate_splits(method, config(num_images=2), ["val"], tmp_path, 1, final=False)
+    assert len(shown) == 2 * 2
+
+
+def test_weights_note_of_the_caller_goes_before_that_of_the_method(colours, tmp_path):
+    method = Colours()
+    method.weights_note = "of the method"
+    for given, written in (("given", "given"), (None, "of the method")):
+        evaluate_splits(method, config(), ["val"], tmp_path, 1, weights_note=given)
+        assert json.loads((tmp_path / "result.json").read_text())["weights_note"] == written
 
 
 def test_data_note_comes_from_the_manifest(colours, tmp_path):

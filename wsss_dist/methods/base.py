@@ -17,13 +17,16 @@ class Prediction:
     """What a method says of B images, at the size of the images it was given.
 
     cam     [B, C, H, W] float32 in [0, 1], class activation maps, multiplied with the tags.
-    logits  [B, K, H, W] float32 of the segmentation head, fused over scales; None for a method without one.
-    extras  name -> [B, H, W] or [B, C, H, W] maps for the report only ("crme": confidence-region masks in [0, 1],
-            "pseudo": label map 0..C and 255).
+    logits  [B, K, H, W] float32 of the segmentation head, fused over scales and mirror images; None for a method
+            without one.
+    single  [B, K, H, W] float32, the same of the image itself alone: scale 1.0, no mirror image.
+    extras  name -> [B, H, W] or [B, C, H, W] maps, where they are asked for ("crme": confidence-region masks in [0, 1],
+            "pseudo": label map 0..C and 255 for undecided, which is scored too).
     """
 
     cam: Tensor
     logits: Tensor | None = None
+    single: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -52,6 +55,7 @@ class BaseMethod(nn.Module):
         seg_scales: list[float],
         fuse: str,
         step: int | None = None,
+        extras: bool = False,
     ) -> Prediction:
         """Predict without gradient; each scale is run with its mirror image.
 
@@ -61,6 +65,7 @@ class BaseMethod(nn.Module):
             seg_scales: image scales for the segmentation logits, 1.0 among them.
             fuse: "voc" or "coco", the rule that merges the logits of the scales.
             step: training step the weights stand at; None means trained to the end.
+            extras: also fill `Prediction.extras`; else nothing is computed for them.
         """
         raise NotImplementedError
 

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsss_dist.config import RunConfig
+    from wsss_dist.schema import StrictModel
 
 try:
     from wsss_dist.command import Parser, run_command
@@ -50,15 +55,36 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
     dist.init(cfg.train.timeout_s)
     configure_kernels(cfg.kernels)
     num_classes = len(next(iter(open_splits(cfg, splits).values())).class_names)
-    method = load_method(cfg.method_name).Method(cfg.method, num_classes, cfg.train.steps)
+    method = load_method(cfg.method_name).Method(_without_weights(cfg.method), num_classes, cfg.train.steps)
     step = load_model_weights(run_dir, method)
+    method.after_load()
+    note = _weights_note(cfg, run_dir)
     with autocast(cfg.train.precision == "bf16"):
-        evaluate_splits(method.to(dist.device()), cfg, splits, run_dir, step)
+        evaluate_splits(method.to(dist.device()), cfg, splits, run_dir, step, weights_note=note)
     report = dist.on_main(lambda: build_report(run_dir))
     if dist.is_main():
         print(results_text(load_result(run_dir)))
         print(f"report: {report}")
     dist.shutdown()
+
+
+def _without_weights(method: StrictModel) -> StrictModel:
+    """The config of a method whose backbone starts from nothing: the checkpoint overwrites it."""
+    backbone = getattr(method, "backbone", None)
+    if getattr(backbone, "weights", None) is None:
+        return method
+    return method.model_copy(update={"backbone": backbone.model_copy(update={"weights": None})})
+
+
+def _weights_note(cfg: RunConfig, run_dir: Path) -> str | None:
+    """What the weights file that the run started from says of itself, or, where it is gone, said at the training."""
+    from wsss_dist.models.pretrained import weights_note
+    from wsss_dist.report import load_result
+
+    weights = getattr(getattr(cfg.method, "backbone", None), "weights", None)
+    if weights is None or weights == "timm" or Path(weights).expanduser().is_file():
+        return weights_note(weights)
+    return load_result(run_dir)["weights_note"] if (run_dir / "result.json").is_file() else None
 
 
 if __name__ == "__main__":

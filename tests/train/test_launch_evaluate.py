@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from wsss_dist.config import parse_config
 from wsss_dist.data.synthetic import write_synthetic_dataset
@@ -22,11 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     write_synthetic_dataset(folder / "data", 6, 5, 48, 3, seed=0)
+    torch.manual_seed(5)
+    start = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    save_file(start, folder / "start.safetensors", {"note": "drawn at random"})
+    backbone = {"name": "vit_tiny_patch16_224", "weights": str(folder / "start.safetensors"), "frozen_blocks": 9}
+    backbone["token_cache"] = str(folder / "tokens")
     values = {
         "run": {"name": "small", "dir": str(folder)},
-        "method": {"name": "classifier", "backbone": {"name": "vit_tiny_patch16_224", "weights": None}},
-        "data": {"format": "coco", "root": str(folder / "data"), "eval_splits": ["val"], "crop": 32, "num_workers": 0},
-        "optim": {"lr": 1e-4, "warmup_steps": 1},
+        "method": {"name": "classifier", "backbone": backbone},
+        "data": {"format": "coco", "root": str(folder / "data"), "eval_splits": ["val"], "crop": 32}
+        | {"augment": "squash", "num_workers": 0},
+        "optim": {"lr": 1e-2, "warmup_steps": 0},
         "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "engine": "plain"},
         "eval": {"size": 32, "cam_scales": [1.0], "seg_scales": [1.0]},
         "report": {"num_images": 2},
@@ -62,9 +71,32 @@ def test_evaluating_again_gives_the_result_of_the_training(run_dir, tmp_path):
     (copy / "result.json").unlink()
     done = launch("evaluate.py", "--run", copy)
     assert done.returncode == 0, done.stderr
-    before, after = (json.loads((r / "result.json").read_text())["splits"]["val"] for r in (run_dir, copy))
-    assert after["kinds"] == before["kinds"], "the weights of the checkpoint are those that were evaluated"
+    before, after = (json.loads((r / "result.json").read_text()) for r in (run_dir, copy))
+    kinds = [r["splits"]["val"]["kinds"] for r in (before, after)]
+    assert kinds[0] == kinds[1], "the weights of the checkpoint are those that were evaluated"
+    assert after["weights_note"] == before["weights_note"] == "drawn at random"
     assert "val          CAM " in done.stdout and done.stdout.splitlines()[-1] == f"report: {copy}/report.html"
+
+
+@pytest.mark.parametrize("weights", ["moved.safetensors", "timm"])
+def test_the_weights_at_the_start_are_not_needed_again(weights, run_dir, tmp_path, monkeypatch):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    tokens = run_dir.parent / "tokens"
+    before = sorted(tokens.rglob("*.npy"))
+    torch.manual_seed(7)
+    setting = f"method.backbone.weights={weights}"
+    assert call(monkeypatch, "evaluate.py", "--run", copy, "--set", setting, "--set", "eval.batch=1") == 0
+    old, new = (json.loads((r / "result.json").read_text()) for r in (run_dir, copy))
+    assert new["splits"]["val"]["kinds"] == old["splits"]["val"]["kinds"]
+    if weights != "timm":
+        assert new["weights_note"] == "drawn at random", "what the training wrote down"
+    assert sorted(tokens.rglob("*.npy")) == before, "the cache is that of the weights of the checkpoint"
+    shutil.rmtree(tokens)
+    assert call(monkeypatch, "evaluate.py", "--run", copy, "--set", setting) == 0
+    new = json.loads((copy / "result.json").read_text())
+    assert new["splits"]["val"]["kinds"] == old["splits"]["val"]["kinds"]
 
 
 def test_mistakes_are_one_sentence(run_dir, tmp_path, monkeypatch, capsys):

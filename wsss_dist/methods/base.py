@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from wsss_dist.data.batch import Batch
+from wsss_dist.models.token_cache import TokenCache
+from wsss_dist.models.vit import ViT
 
 
 @dataclass
@@ -46,6 +48,21 @@ class BaseMethod(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called on every rank once per optimiser step, after it (moving averages and the like)."""
+
+    def after_load(self, whole: BaseMethod | None = None) -> None:
+        """Called on every rank after a checkpoint was loaded: what was made from the weights before is made again.
+
+        A token cache is kept under a digest of the weights that make the tokens, so it has to be that of these weights,
+        whatever the method was built with.
+
+        Args:
+            whole: a copy of the method that has all its weights, where this one does not (ZeRO-3).
+        """
+        for mine, theirs in zip(self.modules(), (whole or self).modules(), strict=True):
+            if isinstance(theirs, ViT) and theirs.cache is not None:
+                cfg = theirs.cfg
+                theirs.cache = TokenCache(cfg.token_cache, theirs._frozen_state(), str(cfg.pos_antialias))
+                mine.cache = theirs.cache
 
     def predict(
         self,

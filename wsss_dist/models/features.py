@@ -21,7 +21,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, cfg: FeatureConfig):
         super().__init__()
-        self.is_vit = cfg.name.startswith(("vit_", "deit_"))
+        self.is_vit = cfg.name.startswith(("vit_", "deit"))
         if self.is_vit:
             self.body = ViT(cfg, num_class_tokens=0)
             self.dim, self.patch_size = self.body.dim, self.body.patch_size
@@ -35,7 +35,7 @@ class FeatureExtractor(nn.Module):
             self.body = create_backbone(cfg.name, cfg.weights, output_stride=cfg.output_stride)
         except TypeError:  # the architecture takes no output_stride
             raise UserError(
-                f"config: backbone {cfg.name!r} is neither a plain ViT (timm names: vit_*, deit_*) nor a convolutional "
+                f"config: backbone {cfg.name!r} is neither a plain ViT (timm names: vit_*, deit*) nor a convolutional "
                 "network with an output stride (resnet*, efficientnet*); choose one of these"
             ) from None
         self.dim, self.patch_size = self.body.num_features, cfg.output_stride

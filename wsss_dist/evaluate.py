@@ -195,7 +195,7 @@ def _batch(samples: Sequence[EvalSample], images: Tensor) -> Batch:
     return Batch(
         images=images,
         labels=torch.stack([s.labels for s in samples]).to(device),
-        boxes=torch.tensor([[0, 0, *images.shape[-2:]]] * len(samples), device=device),
+        boxes=torch.tensor([[0, images.shape[-2], 0, images.shape[-1]]] * len(samples), device=device),
         ids=[s.id for s in samples],
         flipped=torch.zeros(len(samples), dtype=torch.bool, device=device),
     )

@@ -4,7 +4,7 @@ checkpoints/ckpt-<step>/ is the state after <step> steps:
   model.safetensors   full weights, float32 (engine.save)
   engine.pt | ds/     optimiser and engine state, PlainEngine | DeepSpeedEngine (engine.save)
   rank-<r>.pt         of each rank: buffers, random states of torch, CUDA, numpy and Python
-  manifest.json       step, world size, identity of the model, size and SHA-256 of every file and of itself
+  manifest.json       step, world size, identity of the model, settings, size and SHA-256 of every file and of itself
 All ranks write into .tmp-<step>, vote, rank 0 writes the manifest and renames. A folder without a good manifest is
 not a checkpoint: it is set aside as bad-*, reported, never deleted.
 """
@@ -41,6 +41,8 @@ class Checkpoints:
         root: the folder; made when the first one is saved.
         keep: how many to keep, the newest ones.
         identity: dotted config key -> value that a checkpoint must share to be resumed.
+        fixed: the same of keys that are no part of the model, but say what a step number means.
+        settings: the same of keys that may change, which is told.
         sharded: the engine state is split over ranks, so the number of ranks must be the same too.
         report: what is told of a damaged checkpoint, one sentence.
     """
@@ -52,9 +54,12 @@ class Checkpoints:
         keep: int,
         identity: dict[str, Any],
         sharded: bool,
+        fixed: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
         report: Callable[[str], None] = print,
     ):
         self.root, self.keep, self.identity, self.sharded, self.report = root, keep, identity, sharded, report
+        self.fixed, self.settings = fixed or {}, settings or {}
 
     def save(self, engine: Engine, step: int) -> Path:
         """Commit the state after `step` steps.
@@ -93,7 +98,8 @@ class Checkpoints:
         Returns:
             the number of steps it stands after; 0 when there is none.
         Raises:
-            UserError: it belongs to another model, or to another number of ranks; or there were only damaged ones.
+            UserError: it belongs to another model, to another number of ranks, or to a run whose steps were others; or
+                there were only damaged ones.
         """
         found = dist.on_main(self._newest)
         if found is None:
@@ -143,7 +149,8 @@ class Checkpoints:
         listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         for path in files:
             _fsync(path)
-        manifest = {"step": step, "world_size": dist.world_size(), "identity": self.identity, "files": listed}
+        manifest = {"step": step, "world_size": dist.world_size(), "identity": self.identity}
+        manifest |= {"fixed": self.fixed, "settings": self.settings, "files": listed}
         manifest["sha256"] = _digest(manifest)
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [temporary / _MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -187,11 +194,25 @@ class Checkpoints:
                 f"checkpoint: {folder} is of another model: {pairs}{more}; restore these keys, "
                 "give the run another run.name, or delete the folder"
             )
+        for key, old, new in _changes(manifest["fixed"], self.fixed):
+            raise UserError(
+                f"checkpoint: {folder} is of a run in which '{key}' was {old!r}, now it is {new!r}, which would give "
+                f"its steps another meaning: set {key}: {old}, or give the run another run.name"
+            )
         if self.sharded and manifest["world_size"] != dist.world_size():
             raise UserError(
                 f"checkpoint: {folder} was written by {manifest['world_size']} ranks with a sharded optimiser "
                 f"('train.zero_stage' above 0), this run has {dist.world_size()}; start {manifest['world_size']} ranks"
             )
+        changes = _changes(manifest["settings"], self.settings)
+        if changes:
+            pairs = ", ".join(f"'{key}' is {new!r}, was {old!r}" for key, old, new in changes)
+            self.report(f"from step {manifest['step']} on, other settings than before: {pairs}")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) where two sets of settings differ."""
+    return [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
 
 
 def load_model_weights(run_dir: Path, module: nn.Module) -> int:

@@ -33,6 +33,14 @@ DONE, INTERRUPTED = 0, 75
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "opencv-python", "pydantic", "safetensors")
 
 
+# keys of the method that say where something lies: a checkpoint holds the weights itself
+_PLACES = ("method.backbone.weights", "method.backbone.token_cache")
+# keys that the meaning of a step number depends on
+_FIXED = ("train.steps", "train.global_batch", "run.seed")
+# keys of the data section that no training step depends on
+_NOT_TRAINING = ("data.eval_splits", "data.num_workers", "data.max_damaged", "data.val_limit")
+
+
 class Trainer:
     """Builds all parts of a run; `train()` runs it.
 
@@ -57,10 +65,13 @@ class Trainer:
         self.log = RunLog(
             self.run_dir, total=train.steps, batch=train.global_batch, every=train.log_every, enabled=dist.is_main()
         )
+        settings = _settings(cfg)
         self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
             keep=train.keep,
             identity=_identity(cfg, classes),
+            fixed={k: v for k, v in settings.items() if k in _FIXED},
+            settings={k: v for k, v in settings.items() if k not in _FIXED},
             sharded=train.zero_stage > 0,
             report=self.log.message,
         )
@@ -135,6 +146,8 @@ class Trainer:
             return 0
         start = self.checkpoints.resume(self.engine)
         if start:
+            with self.engine.evaluation() as whole:
+                self.engine.module.after_load(whole)
             self.log.message(f"resumed after step {start}")
         return start
 
@@ -249,17 +262,23 @@ def configure_kernels(settings: dict[str, str]) -> None:
 
 def _identity(cfg: RunConfig, classes: list[str]) -> dict[str, Any]:
     """What a checkpoint must share with the run: method and backbone, classes, form of the optimiser state."""
-    out: dict[str, Any] = {"method.name": cfg.method_name, "data classes": classes}
+    method = {k: v for k, v in _flat("method", cfg.method.model_dump(mode="json")).items() if k not in _PLACES}
+    train = {f"train.{k}": getattr(cfg.train, k) for k in ("engine", "zero_stage", "precision")}
+    return {"method.name": cfg.method_name, "data classes": classes, **method, **train}
 
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                flatten(f"{prefix}.{key}", inner)
-        else:
-            out[prefix] = value
 
-    flatten("method", cfg.method.model_dump(mode="json"))
-    return {**out, **{f"train.{k}": getattr(cfg.train, k) for k in ("engine", "zero_stage", "precision")}}
+def _settings(cfg: RunConfig) -> dict[str, Any]:
+    """What else the training depends on: length, batch, seed, learning rate and samples."""
+    sections = {**_flat("optim", cfg.optim.model_dump(mode="json")), **_flat("data", cfg.data.model_dump(mode="json"))}
+    fixed = {"train.steps": cfg.train.steps, "train.global_batch": cfg.train.global_batch, "run.seed": cfg.run.seed}
+    return {**fixed, **{k: v for k, v in sections.items() if k not in _NOT_TRAINING}}
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    """Nested sections as dotted key -> value."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(f"{prefix}.{key}", inner).items()}
 
 
 def _environment() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -11,9 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from tests.train import tiny
+from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 from wsss_dist.config import parse_config
 from wsss_dist.data.synthetic import write_synthetic_dataset
@@ -92,6 +97,51 @@ def test_a_folder_with_checkpoints_is_not_started_afresh(data, tmp_path):
     values["train"]["resume"] = False
     ((kind, message),) = run_ranks(1, tmp_path, run, values, fails=True)
     assert kind == "UserError" and "'train.resume' is false" in message and "run.name" in message
+
+
+def _listen(values: dict) -> str:
+    """What a call of the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run(values) == 0
+    return out.getvalue()
+
+
+def test_other_settings_than_those_of_the_checkpoint_are_told(data, tmp_path):
+    values = _values(tmp_path, data, "a", train__engine="plain", train__stop_after=1)
+    (first,) = run_ranks(1, tmp_path, _listen, values)
+    values["optim"]["lr"] = 2e-3
+    values["data"] = {**data["data"], "flip": False, "max_damaged": 4}
+    values["train"]["stop_after"] = 2
+    second, third = run_ranks(1, tmp_path, work.each, _listen, [values, values])[0]
+    assert (
+        "from step 1 on, other settings than before: 'data.flip' is False, was True, 'optim.lr' is 0.002, was" in second
+    )
+    assert "other settings" not in first + third and "max_damaged" not in second
+
+
+@pytest.mark.parametrize("engine", [{"engine": "plain"}, {"engine": "deepspeed", "zero_stage": 3}])
+def test_a_run_goes_on_where_the_weights_it_started_from_are_gone(engine, data, tmp_path):
+    """From other weights than those at the start; the frozen ones, and their token cache, are the checkpoint's."""
+    torch.manual_seed(5)
+    start = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    save_file(start, tmp_path / "start.safetensors")
+    backbone = {"name": "vit_tiny_patch16_224", "frozen_blocks": 9, "token_cache": str(tmp_path / "tokens")}
+    runs = []
+    for name, weights, stop in (("whole", "start", None), ("cut", "start", 1), ("cut", None, None)):
+        values = _values(tmp_path, data, name)
+        weights = weights and str(tmp_path / "start.safetensors")
+        values["method"] = {"name": "classifier", "backbone": {**backbone, "weights": weights}}
+        values["data"] = {**data["data"], "crop": 32, "augment": "squash"}
+        values["train"] |= {"steps": 2, "eval_every": None, "stop_after": stop, **engine}
+        values["optim"]["warmup_steps"] = 0
+        values["eval"]["size"] = 32
+        runs.append(values)
+    assert run_ranks(1, tmp_path, work.each, run, runs) == [[0, 0, 0]]
+    whole, cut = (load_file(tmp_path / name / "checkpoints/ckpt-2/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut")]
+    assert results[0]["splits"]["val"]["kinds"] == results[1]["splits"]["val"]["kinds"]
+    assert len(list((tmp_path / "tokens").iterdir())) == 1, "tokens of one set of frozen weights"
 
 
 def test_the_log_drops_what_lies_past_the_resumed_step_and_half_a_line(tmp_path):

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from wsss_dist import dist
+from wsss_dist.buffers import fill_buffers
 from wsss_dist.engine import WEIGHTS, Engine
 from wsss_dist.errors import CheckpointError, UserError
 
@@ -110,6 +111,8 @@ class Checkpoints:
         engine.load(folder)
         same = manifest["world_size"] == dist.world_size()
         _load_rank(folder / f"rank-{dist.rank() if same else 0}.pt", engine.module, random_state=same)
+        if not same:  # running statistics of rank 0 alone are those of a part of the samples
+            fill_buffers(engine.module, load_file(folder / WEIGHTS))
         return manifest["step"]
 
     def _numbered(self) -> list[int]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wsss_dist import dist
+from wsss_dist.buffers import fill_buffers, shared_buffers
 from wsss_dist.data.batch import Batch
 from wsss_dist.ds_config import ds_config
 from wsss_dist.errors import TrainingError, UserError
@@ -128,14 +129,14 @@ class Engine:
         )
 
     def weights(self, everywhere: bool = False) -> dict[str, Tensor]:
-        """Full state of the method on the CPU, floating tensors as float32; a collective call.
+        """Full state of the method on the CPU, floating tensors as float32, buffers shared; a collective call.
 
         Args:
             everywhere: on every rank; else the other ranks than 0 get an empty dict.
         """
         keep = everywhere or dist.is_main()
-        out = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        shared, out = shared_buffers(self.module), {}
+        for name, tensor in {**self.module.state_dict(keep_vars=True), **shared}.items():
             with self.gathered(tensor):
                 if keep:
                     value = tensor.detach().cpu()
@@ -148,16 +149,20 @@ class Engine:
 
     @contextmanager
     def evaluation(self) -> Iterator[BaseMethod]:
-        """The method with all its weights, for inference without gradient; its training flags are restored after it.
+        """The method with all its weights, the same on every rank, for inference without gradient.
 
-        Ranks may call the method a different number of times inside.
+        Training flags and buffers are restored after it. Ranks may call the method a different number of times inside.
         """
         modes = [(m, m.training) for m in self.module.modules()]
+        shared = shared_buffers(self.module)
+        own = {name: b.detach().clone() for name, b in self.module.named_buffers() if name in shared}
         self.module.eval()
         try:
+            fill_buffers(self.module, shared)
             with torch.no_grad(), autocast(self.cfg.train.precision == "bf16"):
                 yield self.module
         finally:
+            fill_buffers(self.module, own)
             for module, mode in modes:
                 module.training = mode
 
@@ -293,10 +298,9 @@ class DeepSpeedEngine(Engine):
             with super().evaluation() as method:
                 yield method
             return
+        # buffers outside the state dict first, then the state with what the ranks share
+        fill_buffers(self._whole, dict(self.module.named_buffers()))
         self._whole.load_state_dict(self.weights(everywhere=True))
-        kept = dict(self.module.named_buffers())
-        for name, buffer in self._whole.named_buffers():  # also those outside the state dict
-            buffer.data.copy_(kept[name])
         try:
             with torch.no_grad(), autocast(self.cfg.train.precision == "bf16"):
                 yield self._whole.to(self.device).eval()

@@ -68,6 +68,25 @@ def test_nonfinite_stops_before_the_update_or_skips_it_on_every_rank(name, tmp_p
         assert all(abs(loss) < 10 for loss in losses)
 
 
+def test_ranks_evaluate_and_save_the_mean_of_their_running_statistics_and_go_on_with_their_own(tmp_path):
+    method = {"name": "tiny", "batch_norm": True}
+    names = ("plain", "zero0", "zero3")
+    cases = [tiny.values(**ENGINES[n], method=method) for n in names]
+    ranks = run_ranks(2, tmp_path, work.each, work.running_means, cases, tmp_path)
+    two = run_ranks(2, tmp_path, work.each, work.resumed_means, cases, tmp_path)
+    one = run_ranks(1, tmp_path, work.each, work.resumed_means, cases[:2], tmp_path)[0]
+    for i, name in enumerate(names):
+        first, second = ranks[0][i], ranks[1][i]
+        assert first["own"] != second["own"], f"{name}: the ranks see other samples, or this shows nothing"
+        mean = [(a + b) / 2 for a, b in zip(first["own"], second["own"], strict=True)]
+        assert first["evaluated"] == second["evaluated"] == first["saved"], name
+        assert first["saved"] == pytest.approx(mean, rel=1e-6), f"{name}: but for the rounding of float32"
+        assert [first["after"], second["after"]] == [first["own"], second["own"]], name
+        assert [two[0][i], two[1][i]] == [first["own"], second["own"]], name
+    for i, resumed in enumerate(one):
+        assert resumed == ranks[0][i]["saved"], f"{names[i]}: another number of ranks goes on with the mean"
+
+
 def test_skipping_gives_up_after_max_skips(tmp_path):
     method = {"name": "tiny", "bad_step": 4}
     values = tiny.values(train__engine="plain", train__nonfinite="skip", train__max_skips=1, method=method)

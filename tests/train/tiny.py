@@ -32,6 +32,8 @@ class Config(StrictModel):
     bad_id: str = "s3"
     # what is bad: a NaN or infinite loss, or a gradient that overflows though the loss is finite
     bad: str = "nan"
+    # normalise with running statistics, which each rank gathers on its own samples
+    batch_norm: bool = False
     # have a submodule that returns a class of its own
     wrapped: bool = False
     # step after which the last rank gets a SIGTERM
@@ -69,6 +71,7 @@ class Method(BaseMethod):
         super().__init__()
         self.cfg = cfg
         self.frozen = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)
+        self.statistics = nn.BatchNorm2d(4, affine=False) if cfg.batch_norm else nn.Identity()
         self.body = nn.Sequential(nn.Conv2d(4, cfg.width, 3, padding=1), nn.GELU(), nn.Conv2d(cfg.width, cfg.width, 1))
         self.norm = nn.LayerNorm(cfg.width)
         self.head = nn.Linear(cfg.width, num_classes)
@@ -79,7 +82,7 @@ class Method(BaseMethod):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        x = self.norm(self.body(self.frozen(images)).mean((2, 3)))
+        x = self.norm(self.body(self.statistics(self.frozen(images))).mean((2, 3)))
         return self.wrapper(x).x if self.wrapper else x
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from tests.train import tiny
 from wsss_dist import dist
@@ -47,6 +48,29 @@ def train(values: dict) -> tuple[list[float], str]:
     """Losses of the whole run, and the digest of the final state."""
     engine = make_engine(values)
     return steps_of(engine, 0, engine.cfg.train.steps), digest(engine)
+
+
+def running_means(values: dict, root: Path) -> dict[str, list[float]]:
+    """Running means after a short run: this rank's own, what is evaluated, saved, and left of the own after that."""
+    engine = make_engine(values)
+    steps_of(engine, 0, 3)
+    key = "statistics.running_mean"
+
+    def now(module: torch.nn.Module) -> list[float]:
+        return dict(module.named_buffers())[key].tolist()
+
+    out = {"own": now(engine.module)}
+    with engine.evaluation() as method:
+        out["evaluated"] = now(method)
+    folder = checkpoints(values, root / f"{values['train']}").save(engine, 3)
+    return {**out, "saved": load_file(folder / "model.safetensors")[key].tolist(), "after": now(engine.module)}
+
+
+def resumed_means(values: dict, root: Path) -> list[float]:
+    """Running means that the checkpoint of `running_means` is gone on with."""
+    engine = make_engine(values)
+    checkpoints(values, root / f"{values['train']}").resume(engine)
+    return dict(engine.module.named_buffers())["statistics.running_mean"].tolist()
 
 
 def weights(values: dict) -> dict[str, list]:

@@ -220,6 +220,21 @@ def test_training_flags_are_restored_after_an_error(colours, tmp_path):
     assert method.training
 
 
+def test_the_whole_image_is_inside_its_box(monkeypatch, tmp_path):
+    """A box (y0, y1, x0, x1) that is empty would make every pseudo label "ignored"."""
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: ColourSet(3))
+    seen = []
+
+    class Spy(Colours):
+        def predict(self, batch, **options):
+            height, width = batch.images.shape[-2:]
+            seen.append((batch.boxes.tolist(), [[0, height, 0, width]] * len(batch)))
+            return super().predict(batch, **options)
+
+    evaluate_splits(Spy(), config(size=None), ["val"], tmp_path, None)
+    assert seen and all(got == wanted for got, wanted in seen)
+
+
 def test_quick_evaluation_takes_the_limit_and_writes_nothing(colours, tmp_path):
     cfg = config(limit=3, crf=CRFConfig(), cam_scales=[0.5, 1.0], seg_scales=[1.25, 1.0])
     method = Colours()

@@ -25,8 +25,17 @@ from wsss_dist.schema import StrictModel
 KINDS = {
     "cam": "CAM",
     "cam_best": "CAM, best threshold",
+    "seg_single": "segmentation, single scale",
     "seg": "segmentation head",
     "seg_crf": "segmentation head + CRF",
+    "seg_tags": "segmentation, tags given",
+    "pseudo": "pseudo labels",
+}
+# what a reader has to know of a kind
+GUIDE = {
+    "seg_single": "Single scale is the image itself at scale 1.0, without its mirror image.",
+    "seg_tags": "Tags given: classes that are not tags of the image are ruled out.",
+    "pseudo": "Pseudo labels are made with the tags given, and undecided pixels are left out of their count.",
 }
 ROWS_PER_SHEET = 6  # so that a sheet fits on a printed page
 
@@ -161,10 +170,16 @@ def _reading_guide(result: dict[str, Any]) -> str:
         "OA, the over-activation rate, is the mean over the foreground classes of falsely over rightly labelled "
         "pixels (FP / TP, lower is better); OA, background, is the share of a class's pixels that are background."
     )
+    found = {k for r in result["splits"].values() for k in r["kinds"]}
+    text += "".join(f" {sentence}" for kind, sentence in GUIDE.items() if kind in found)
+    shares = [(s, r["kinds"].get("pseudo", {}).get("ignored")) for s, r in result["splits"].items()]
+    shares = [f"{_percent(share)} % of {s}" for s, share in shares if share is not None]
+    if shares:
+        text += f" Left out are {', '.join(shares)}."
     kinds = [s for r in result["splits"].values() for s in r["kinds"].values()]
     if any(s["oa_left_out"] for s in kinds):
         text += " * Classes without one rightly labelled pixel are left out of the mean OA."
-    return f"<p>{text}</p>"
+    return f"<p>{escape(text)}</p>"
 
 
 def _class_table(result: dict[str, Any], split: str) -> str:
@@ -193,6 +208,11 @@ def _curves(run_dir: Path, pictures: Path) -> str:
         parts.append(_image(pictures / "loss.png", "what the training logged against the step"))
     if report_plots.miou_curves(evaluations, KINDS, pictures / "miou.png"):
         parts.append(_image(pictures / "miou.png", "mIoU against the step, as evaluated during the training"))
+        if any("seg" in line["eval"] for line in evaluations):
+            parts.append(
+                "<p>During the training the segmentation head is evaluated at scale 1.0 alone; the last point is the "
+                "final evaluation.</p>"
+            )
     return "\n".join(["<h2>Curves</h2>", *parts]) if parts else ""
 
 

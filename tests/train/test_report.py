@@ -12,8 +12,9 @@ import yaml
 
 from wsss_dist.errors import UserError
 from wsss_dist.metrics import ConfusionMatrix
-from wsss_dist.report import build_comparison, build_report, load_result, results_text
-from wsss_dist.report_plots import heat_panel, label_panel, voc_palette
+from wsss_dist.report import KINDS, build_comparison, build_report, load_result, results_text
+from wsss_dist.report_plots import CURVE_COLOURS, heat_panel, label_panel, voc_palette
+from wsss_dist.scoring import LABEL_KINDS
 
 NAMES = ["background", "bird", "vehicle", "tool"]
 
@@ -45,13 +46,16 @@ def sample(index, full):
 
 
 def make_run(folder: Path, name="pcre-s0", seed=0, full=True, images=7, note="The scenes are composed.") -> Path:
-    kinds = ["cam", "cam_best", "seg", "seg_crf"] if full else ["cam", "cam_best"]
+    kinds = ["cam", "cam_best", "seg_single", "seg", "seg_crf", "seg_tags", "pseudo"] if full else ["cam", "cam_best"]
     for split in ("val", "train"):
         (folder / "samples" / split).mkdir(parents=True)
         for i in range(images if split == "val" else 0):
             np.savez_compressed(folder / "samples" / split / f"{i:06d}.npz", **sample(i, full))
     record = {"images": 40, "step": 300, "seconds": 3.0, "settings": {}}
     splits = {s: {**record, "kinds": {k: scores(seed + n, k) for n, k in enumerate(kinds)}} for s in ("val", "train")}
+    for split, share in (("val", 0.1234), ("train", 0.5)):
+        if full:
+            splits[split]["kinds"]["pseudo"]["ignored"] = share
     result = {"name": name, "method": "pcre", "seed": seed, "class_names": NAMES, "data_note": note}
     result |= {"weights_note": "Weights with a <caveat>." if note else None, "splits": splits}
     (folder / "result.json").write_text(json.dumps(result))
@@ -105,6 +109,10 @@ def test_report_stands_alone_and_says_what_it_is(tmp_path):
     assert "Weights with a &lt;caveat&gt;." in body
     for part in ("segmentation head + CRF", "Per class: val", "Per class: train", "<details>", "lr: 0.0001", "2.14"):
         assert part in body
+    for name in ("segmentation, single scale", "segmentation, tags given", "pseudo labels"):
+        assert f'<td class="name">{name}</td>' in body and f"{name}: IoU %" in body
+    assert "undecided pixels are left out of their count. Left out are 12.3 % of val, 50.0 % of train." in body
+    assert "evaluated at scale 1.0 alone; the last point is the final evaluation" in body
     pictures = sorted(p.name for p in (run / "report").iterdir())
     assert pictures == ["loss.png", "miou.png", "samples_val_1.png", "samples_val_2.png"]
     assert page.seen.count("img") == 4
@@ -125,7 +133,16 @@ def test_figures_of_the_table_are_those_of_the_result(tmp_path):
 def test_what_a_run_does_not_have_is_left_out(tmp_path):
     run = make_run(tmp_path / "run", full=False, note=None)
     body = build_report(run).read_text()
-    for absent in ("segmentation head", "Curves", "<details>", "How it was made"):
+    for absent in (
+        "segmentation head",
+        "Single scale",
+        "Tags given",
+        "seudo labels",
+        "Left out are",
+        "Curves",
+        "<details>",
+        "How it was made",
+    ):
         assert absent not in body
     wide = make_run(tmp_path / "wide", note=None)
     build_report(wide)
@@ -174,6 +191,11 @@ def test_comparison_groups_seeds(tmp_path):
     Page(build_comparison(runs, tmp_path / "all.html").read_text())
     with pytest.raises(UserError, match="ends in .html or .md"):
         build_comparison(runs, tmp_path / "all.pdf")
+
+
+def test_every_kind_has_a_colour_of_its_own_and_a_place_in_a_line():
+    assert set(KINDS) == {"cam", "cam_best", *LABEL_KINDS} and len(set(CURVE_COLOURS)) >= len(KINDS)
+    assert all(len(name) <= 26 for name in KINDS.values()), "the column of the table on a terminal"
 
 
 def test_palette_is_that_of_voc():

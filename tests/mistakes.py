@@ -240,8 +240,10 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def cut(path: Path, behind: str | None = None) -> None:
+    """Leave the first half of a file, or what there is up to the end of the first `behind`."""
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(behind.encode()) + len(behind) if behind else len(data) // 2])
 
 
 def other_weights(path: Path) -> None:

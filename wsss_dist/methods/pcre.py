@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 import kernels
 from wsss_dist import cam as cams
 from wsss_dist import dist
+from wsss_dist.cam import CamConfig, ParConfig, RadiusConfig
 from wsss_dist.data.batch import Batch
 from wsss_dist.losses import balanced_segmentation_loss, mask_bce, tag_loss
 from wsss_dist.methods.base import BaseMethod, Prediction
@@ -27,51 +28,6 @@ from wsss_dist.models.decoders import ParallelDilatedHead, QueryDecoder, QueryDe
 from wsss_dist.models.prototypes import PrototypeMemory
 from wsss_dist.models.vit import BackboneConfig, Features, ViT
 from wsss_dist.schema import StrictModel
-
-
-class CamConfig(StrictModel):
-    """CAMs of the pseudo labels (sections 2.2 to 2.4 of the paper's supplementary settings)."""
-
-    scales: list[PositiveFloat] = Field([1.0, 0.5, 0.75, 1.5], min_length=1)  # each with its mirror image
-    high: float = Field(0.7, ge=0, le=1)  # above: the class
-    low: float = Field(0.25, ge=0, le=1)  # at most: background; between: ignored
-    proto_high: float = Field(0.7, ge=0, le=1)
-    proto_low: float = Field(0.25, ge=0, le=1)
-    mix: float = Field(0.3, ge=0, le=1)  # share of the CRME mask in the fused map
-    mix_from: float = Field(0.4, ge=0, le=1)  # from this fraction of the run on
-
-    @model_validator(mode="after")
-    def _low_is_below_high(self) -> CamConfig:
-        for low, high in (("low", "high"), ("proto_low", "proto_high")):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(
-                    f"'{low}' is {getattr(self, low)} and must not be above '{high}', {getattr(self, high)}"
-                )
-        return self
-
-
-class ParConfig(StrictModel):
-    """Pixel-adaptive refinement of the pseudo labels."""
-
-    dilations: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1, max_length=32)
-    iterations: int = Field(10, ge=0)
-    downscale: int = Field(2, ge=1)
-
-
-class RadiusConfig(StrictModel):
-    """Radius of the disc around each query, in patches (Eq. 5); begin and finish are fractions of the run."""
-
-    start: float = Field(1.0, ge=0)
-    end: float = Field(5.0, ge=0)
-    begin: float = Field(0.1, ge=0, le=1)
-    finish: float = Field(0.4, ge=0, le=1)
-    after: Literal["hold", "off"] = "hold"  # keep the disc afterwards, or drop it
-
-    @model_validator(mode="after")
-    def _begins_before_it_finishes(self) -> RadiusConfig:
-        if self.begin >= self.finish:
-            raise ValueError(f"'begin' is {self.begin} and must be below 'finish', {self.finish}")
-        return self
 
 
 class CrmeConfig(QueryDecoderConfig):

@@ -132,8 +132,7 @@ def evaluate_splits(
         "seg_crf": the same after the CRF;
         "seg_tags": as "seg", with classes that are not tags of the image ruled out, the measure of pseudo masks;
         "pseudo": the label map that such a method would be trained on (`Prediction.extras`). Its undecided pixels (255)
-        are left out of the count, so it compares with nothing but itself; "ignored" is their share of the pixels with
-        a true label.
+        count as background; "ignored" is their share of the pixels with a true label.
     """
     if not final:
         cfg = _quick(cfg)

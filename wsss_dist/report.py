@@ -35,7 +35,7 @@ KINDS = {
 GUIDE = {
     "seg_single": "Single scale is the image itself at scale 1.0, without its mirror image.",
     "seg_tags": "Tags given: classes that are not tags of the image are ruled out.",
-    "pseudo": "Pseudo labels are made with the tags given, and undecided pixels are left out of their count.",
+    "pseudo": "Pseudo labels are made with the tags given, and their undecided pixels count as background.",
 }
 ROWS_PER_SHEET = 6  # so that a sheet fits on a printed page
 
@@ -175,7 +175,7 @@ def _reading_guide(result: dict[str, Any]) -> str:
     shares = [(s, r["kinds"].get("pseudo", {}).get("ignored")) for s, r in result["splits"].items()]
     shares = [f"{_percent(share)} % of {s}" for s, share in shares if share is not None]
     if shares:
-        text += f" Left out are {', '.join(shares)}."
+        text += f" Undecided are {', '.join(shares)}."
     kinds = [s for r in result["splits"].values() for s in r["kinds"].values()]
     if any(s["oa_left_out"] for s in kinds):
         text += " * Classes without one rightly labelled pixel are left out of the mean OA."

@@ -33,7 +33,7 @@ class Tally:
 
     sweep: ThresholdSweep
     matrices: dict[str, ConfusionMatrix] = field(default_factory=dict)
-    ignored: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # pixels left out, all
+    ignored: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # undecided pixels, all
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, kind: str, pred: Tensor, gt: Tensor) -> None:
@@ -43,11 +43,14 @@ class Tally:
         self.matrices[kind].update(pred, gt)
 
     def add_pseudo(self, pred: Tensor, gt: Tensor) -> None:
-        """The same of kind "pseudo", whose undecided pixels (255) are left out and counted as such."""
+        """The same of kind "pseudo": an undecided pixel (255) finds nothing, it counts as background.
+
+        Left out of the count, it would take the hard pixels out of the score, and whole classes out of its mean.
+        """
         undecided = pred == UNDECIDED
         valid = gt < self.sweep.num_classes
         self.ignored += torch.stack([(undecided & valid).sum(), valid.sum()]).cpu()
-        self.add("pseudo", pred.masked_fill(undecided, 0), gt.masked_fill(undecided, UNDECIDED))
+        self.add("pseudo", pred.masked_fill(undecided, 0), gt)
 
     def results(self, beta: float) -> dict[str, dict]:
         """Metrics over all ranks. A rank without images has no kinds of its own, so the names are gathered first."""

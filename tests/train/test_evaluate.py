@@ -146,7 +146,7 @@ def expected(dataset, indices, size=24, every=False):
         rows, columns = (((np.arange(s) + 0.5) * size // s).astype(int) for s in gt.shape)  # nearest, pixel centres
         pseudo = pseudo_labels(x)[0][rows][:, columns].numpy()
         decided, truth = pseudo != 255, gt.numpy()
-        more["pseudo"].update(torch.from_numpy(pseudo[decided]), torch.from_numpy(truth[decided]))
+        more["pseudo"].update(torch.from_numpy(np.where(decided, pseudo, 0)), gt)
         left_out, total = left_out + (~decided & (truth != 255)).sum(), total + (truth != 255).sum()
     summaries = {k: m.summary() for k, m in more.items()}
     summaries["pseudo"]["ignored"] = left_out / total

@@ -111,7 +111,7 @@ def test_report_stands_alone_and_says_what_it_is(tmp_path):
         assert part in body
     for name in ("segmentation, single scale", "segmentation, tags given", "pseudo labels"):
         assert f'<td class="name">{name}</td>' in body and f"{name}: IoU %" in body
-    assert "undecided pixels are left out of their count. Left out are 12.3 % of val, 50.0 % of train." in body
+    assert "their undecided pixels count as background. Undecided are 12.3 % of val, 50.0 % of train." in body
     assert "evaluated at scale 1.0 alone; the last point is the final evaluation" in body
     pictures = sorted(p.name for p in (run / "report").iterdir())
     assert pictures == ["loss.png", "miou.png", "samples_val_1.png", "samples_val_2.png"]

@@ -57,7 +57,7 @@ class CpeConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """Weights of the loss terms; a term of weight 0 is not computed (aux is: its CAM labels the patches)."""
+    """Weights of the loss terms; a term of weight 0 is not computed, but for aux, whose CAM labels the patches."""
 
     aux: float = Field(1.0, ge=0)
     ptc: float = Field(0.3, ge=0)
@@ -182,8 +182,9 @@ class Method(BaseMethod):
             if progress >= self.cfg.cpe.start:
                 self._pending.append((step, features.class_tokens.detach().float(), batch.labels))
         extra = {}
-        if self.crme is not None and progress >= min(w.conf_from, w.gate_from):
-            parts |= self._crme_losses(batch, features, y_pro if refine else None, progress, extra)
+        conf = self.crme is not None and progress >= w.conf_from and w.conf > 0
+        if conf or refine:
+            parts |= self._crme_losses(batch, features, y_pro if refine else None, progress, extra, conf)
         if dense:
             parts |= self._segmentation_losses(batch, fmap, y_seg)
         loss = sum(parts.values())
@@ -208,13 +209,15 @@ class Method(BaseMethod):
         return cams.radius_at(progress, r.start, r.end, r.begin, r.finish)
 
     def _crme_losses(
-        self, batch: Batch, features: Features, y_pro: Tensor | None, progress: float, extra: dict
+        self, batch: Batch, features: Features, y_pro: Tensor | None, progress: float, extra: dict, conf: bool = True
     ) -> dict[str, Tensor]:
-        """L_conf always; L_refine once there are pseudo labels. The selection of regions carries no gradient."""
+        """L_conf where `conf`; L_refine where there are pseudo labels. The selection of regions carries no gradient."""
         w = self.cfg.loss
         mask_logits, scores = self.crme(batch.images, features.patches, features.grid)
-        confidence = scores.sum(1).clamp(0, 1)  # [B, C]
-        parts = {"conf": w.conf * mask_bce(confidence, batch.labels).mean()}
+        parts = {}
+        if conf:
+            confidence = scores.sum(1).clamp(0, 1)  # [B, C]
+            parts["conf"] = w.conf * mask_bce(confidence, batch.labels).mean()
         if y_pro is None:
             # keeps the mask head in the graph: every step then has the same parameters in it
             return parts | {"refine": mask_logits.float().sum() * 0.0}
@@ -237,7 +240,7 @@ class Method(BaseMethod):
     def _segmentation_losses(self, batch: Batch, fmap: Tensor, y_seg: Tensor) -> dict[str, Tensor]:
         w, size = self.cfg.loss, batch.images.shape[-2:]
         logits = cams.upsample(self.decoder(fmap).float(), size)
-        parts = {"seg": w.seg * balanced_segmentation_loss(logits, y_seg)}
+        parts = {"seg": w.seg * balanced_segmentation_loss(logits, y_seg)} if w.seg else {}
         if w.reg:
             parts["reg"] = w.reg * kernels.dense_energy(
                 logits.softmax(1),

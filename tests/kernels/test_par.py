@@ -91,7 +91,12 @@ class TestEachBackend:
         want = par(image, maps, backend=backend)
         last = par(image.contiguous(memory_format=torch.channels_last), maps.mT.contiguous().mT, backend=backend)
         assert torch.equal(want, last)
-        assert torch.equal(want[1:], par(image[1:], maps[1:], backend=backend))  # the batch position is immaterial
+        alone = par(image[1:], maps[1:], backend=backend)  # the batch position is immaterial
+        if backend == "reference":
+            # torch splits its loops among threads by size, and the vector and scalar parts of exp round differently
+            torch.testing.assert_close(alone, want[1:], rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(alone, want[1:])
 
     def test_empty(self, backend):
         assert par(torch.zeros(0, 3, 4, 4), torch.zeros(0, 2, 4, 4), backend=backend).shape == (0, 2, 4, 4)

@@ -81,15 +81,26 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return int(size[0] * scale), int(size[1] * scale)
 
 
-def merge_mirror(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [2B, C, h, w] of a batch and its mirror images -> elementwise maximum [B, C, H, W]."""
-    maps = upsample(maps.float(), size)
-    plain, mirrored = maps.chunk(2)
-    return torch.maximum(plain, mirrored.flip(-1))
+def present_pairs(labels: Tensor) -> Tensor:
+    """Tags [B, C] -> pairs [P, 2] int64 of an image and one of its tags, image by image, classes ascending."""
+    return (labels > 0).nonzero()
+
+
+def merge_mirror(maps: Tensor, pairs: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [2B, C, h, w] of a batch and its mirror images -> their maximum, one plane per pair [P, H, W]."""
+    plain, mirrored = (half[pairs[:, 0], pairs[:, 1]].float() for half in maps.chunk(2))
+    return upsample(torch.stack([plain, mirrored.flip(-1)], dim=1), size).amax(1)
+
+
+def all_classes(planes: Tensor, pairs: Tensor, labels: Tensor) -> Tensor:
+    """Planes [P, H, W] of the pairs -> maps [B, C, H, W], zero for the classes that are no tags of the image."""
+    maps = planes.new_zeros(*labels.shape, *planes.shape[-2:])
+    maps[pairs[:, 0], pairs[:, 1]] = planes
+    return maps
 
 
 def minmax(maps: Tensor) -> Tensor:
-    """Each plane of [B, C, H, W] to [0, 1]: subtract the minimum, divide by the maximum (plus 1e-5)."""
+    """Each plane of [..., H, W] to [0, 1]: subtract the minimum, divide by the maximum (plus 1e-5)."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
     return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
 
@@ -126,9 +137,9 @@ def threshold_labels(cams: Tensor, threshold: float) -> Tensor:
 
 
 def refine_labels(
-    cams: list[Tensor],
+    planes: list[Tensor],
     thresholds: list[tuple[float, float]],
-    labels: Tensor,
+    pairs: Tensor,
     images: Tensor,
     inside: Tensor,
     *,
@@ -141,30 +152,30 @@ def refine_labels(
     The affinities depend on the image alone, so all maps of an image share one call.
 
     Args:
-        cams: maps [B, C, H, W] in [0, 1], multiplied with the tags.
-        thresholds: (high, low) background level for each of `cams`.
-        labels: [B, C] tags.
+        planes: maps [P, H, W] in [0, 1], one per pair.
+        thresholds: (high, low) background level for each of `planes`.
+        pairs: [P, 2] image and class of each plane.
         images: [B, 3, H, W] RGB in [0, 1].
         inside: [B, H, W] bool, real image.
         downscale: the refinement runs at 1/downscale of the size.
     Returns:
-        One label map [B, H, W] int64 for each of `cams`: 0 background, 1..C, 255 undecided or outside.
+        One label map [B, H, W] int64 for each of `planes`: 0 background, 1..C, 255 undecided or outside.
     """
     size = images.shape[-2:]
     small = (size[0] // downscale, size[1] // downscale)
     images = upsample(images, small)
-    shrunk = [upsample(c, small) for c in cams]
-    out = [torch.empty(len(images), *size, dtype=torch.int64, device=images.device) for _ in cams]
+    shrunk = [upsample(p[:, None], small)[:, 0] for p in planes]
+    out = [torch.empty(len(images), *size, dtype=torch.int64, device=images.device) for _ in planes]
     for b in range(len(images)):
-        keys = labels[b].nonzero().flatten()
+        own = (pairs[:, 0] == b).nonzero().flatten()
         stacks = [
-            torch.cat([torch.full_like(maps[b, :1], level), maps[b, keys]]).softmax(0)
+            torch.cat([torch.full_like(images[b, :1], level), maps[own]]).softmax(0)
             for maps, levels in zip(shrunk, thresholds, strict=True)
             for level in levels
         ]
         refined = kernels.par(images[b : b + 1], torch.cat(stacks)[None], dilations=dilations, iterations=iterations)
-        refined = upsample(refined, size).unflatten(1, (len(cams), 2, len(keys) + 1))[0]
-        names = torch.cat([keys.new_zeros(1), keys + 1])
+        refined = upsample(refined, size).unflatten(1, (len(planes), 2, len(own) + 1))[0]
+        names = torch.cat([own.new_zeros(1), pairs[own, 1] + 1])
         for i, stack in enumerate(refined):
             high, low = names[_first_best(stack)]
             out[i][b] = torch.where(high != 0, high, torch.where(low == 0, 0, IGNORE))

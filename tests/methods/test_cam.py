@@ -44,13 +44,20 @@ def test_boxes_in_pixels_become_boxes_of_whole_patches():
     assert mask[1, 5, 16] and not mask[1, 4, 16] and not mask[1, 5, 33]
 
 
+def planes(maps, labels):
+    """The maps of the tags alone, one plane per pair."""
+    return maps[labels > 0]
+
+
 def test_merge_mirror_undoes_the_mirror_and_keeps_the_larger():
-    maps = torch.rand(2, 3, 4, 5)
-    merged = cams.merge_mirror(torch.cat([maps, maps.flip(-1)]), (4, 5))
-    assert torch.equal(merged, maps)
+    maps, labels = torch.rand(2, 3, 4, 5), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    pairs = cams.present_pairs(labels)
+    assert pairs.tolist() == [[0, 0], [0, 2], [1, 1]]
+    merged = cams.merge_mirror(torch.cat([maps, maps.flip(-1)]), pairs, (4, 5))
+    assert torch.equal(merged, planes(maps, labels))
     bigger = maps.clone()
     bigger[0, 0, 1, 2] += 1
-    assert torch.equal(cams.merge_mirror(torch.cat([maps, bigger.flip(-1)]), (4, 5)), bigger)
+    assert torch.equal(cams.merge_mirror(torch.cat([maps, bigger.flip(-1)]), pairs, (4, 5)), planes(bigger, labels))
 
 
 def test_minmax_of_constant_and_empty_maps_is_zero():
@@ -73,7 +80,7 @@ def test_refined_labels_follow_the_image_edge():
     labels = torch.tensor([[0.0, 1.0]])
     inside = torch.ones(1, size, size, dtype=torch.bool)
     inside[:, -4:] = False
-    (out,) = cams.refine_labels([cam], [(0.7, 0.25)], labels, images, inside)
+    (out,) = cams.refine_labels([planes(cam, labels)], [(0.7, 0.25)], cams.present_pairs(labels), images, inside)
     assert set(out.unique().tolist()) <= {0, 2, 255}
     assert (out[:, -4:] == 255).all()
     assert (out[0, :184, size // 2 + 2 :] != 2).all()  # nothing crosses the edge
@@ -88,7 +95,7 @@ def test_refined_labels_equal_the_definition_one_threshold_at_a_time():
     labels = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     cam = cam * labels[..., None, None]
     inside = torch.ones(2, 32, 32, dtype=torch.bool)
-    (out,) = cams.refine_labels([cam], [(0.7, 0.25)], labels, images, inside)
+    (out,) = cams.refine_labels([planes(cam, labels)], [(0.7, 0.25)], cams.present_pairs(labels), images, inside)
     for b in range(2):
         keys = [0] + [c + 1 for c in range(3) if labels[b, c]]
         small = cams.upsample(images[b : b + 1], (16, 16))
@@ -104,9 +111,8 @@ def test_refined_labels_equal_the_definition_one_threshold_at_a_time():
 
 def test_an_image_without_tags_is_background():
     inside = torch.ones(1, 16, 16, dtype=torch.bool)
-    (out,) = cams.refine_labels(
-        [torch.zeros(1, 3, 16, 16)], [(0.7, 0.25)], torch.zeros(1, 3), torch.rand(1, 3, 16, 16), inside
-    )
+    none = cams.present_pairs(torch.zeros(1, 3))
+    (out,) = cams.refine_labels([torch.zeros(0, 16, 16)], [(0.7, 0.25)], none, torch.rand(1, 3, 16, 16), inside)
     assert (out == 0).all()
 
 

@@ -71,11 +71,11 @@ class Method(BaseMethod):
         step: int | None = None,
         extras: bool = False,
     ) -> Prediction:
-        size = batch.images.shape[-2:]
+        size, pairs = batch.images.shape[-2:], cams.present_pairs(batch.labels)
         total = None
         for scale in cam_scales:
             x = cams.upsample(batch.images, cams.scaled_size(size, scale))
             maps = self.classifier(self.backbone(torch.cat([x, x.flip(-1)])))
-            maps = cams.merge_mirror(maps, size).relu()
+            maps = cams.merge_mirror(maps, pairs, size).relu()
             total = maps if total is None else total + maps
-        return Prediction(cam=cams.minmax(total) * batch.labels[..., None, None])
+        return Prediction(cam=cams.all_classes(cams.minmax(total), pairs, batch.labels))

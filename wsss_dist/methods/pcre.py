@@ -101,15 +101,15 @@ class Config(StrictModel):
 class Stage:
     """Maps of the gradient-free pass over scales and mirror images, each min-max normalised plane by plane.
 
-    main, aux, proto [B, C, H, W]; masks [P, H, W] CRME masks of `pairs` [P, 2]; logits: per scale [B, K, H, W], plain
-    and mirrored added; single: the plain ones of scale 1.
+    Only the tags of an image have maps: main, aux, proto and masks (of CRME) are [P, H, W], planes of `pairs` [P, 2].
+    logits: per scale [B, K, H, W], plain and mirrored added; single: the plain ones of scale 1.
     """
 
+    pairs: Tensor
     main: Tensor
     aux: Tensor | None
     proto: Tensor | None
     masks: Tensor | None
-    pairs: Tensor | None
     logits: list[Tensor]
     single: Tensor | None
 
@@ -161,14 +161,14 @@ class Method(BaseMethod):
         refine = gated and self.crme is not None and w.refine > 0
         dense = gated and (w.seg > 0 or w.reg > 0)
         contrast = progress >= w.contrast_from and (w.ptc > 0 or (self.memory is not None and w.cpe > 0))
+        features = self.backbone(batch.images)
         y_grid = y_seg = y_pro = None
         if contrast or refine or dense:
-            stage = self._stage(batch.images, batch.labels, self.cfg.cam.scales, (), progress, proto=refine)
-            y_grid = self._grid_labels(stage.aux, batch)
+            stage = self._stage(batch.images, batch.labels, self.cfg.cam.scales, (), progress, features, proto=refine)
+            y_grid = self._grid_labels(stage, batch)
             if refine or dense:
                 y_seg, y_pro = self._pseudo_labels(stage, batch)
 
-        features = self.backbone(batch.images)
         fmap = features.as_map(features.patches)
         parts = {"cls": tag_loss(self._pooled(self.classifier, fmap), batch.labels)}
         parts["aux"] = w.aux * tag_loss(self._pooled(self.aux_classifier, features.as_map(features.aux)), batch.labels)
@@ -264,17 +264,21 @@ class Method(BaseMethod):
         cam_scales: Sequence[float],
         seg_scales: Sequence[float],
         progress: float,
+        known: Features | None = None,
         proto: bool = False,
     ) -> Stage:
-        """Run every scale with its mirror image; see `Stage`. `proto`: make the prototype maps too."""
-        size = images.shape[-2:]
+        """Run every scale with its mirror image; see `Stage`.
+
+        known: features of `images` as they are, where the caller has them; proto: make the prototype maps too.
+        """
+        size, pairs = images.shape[-2:], cams.present_pairs(labels)
         want_masks = self.crme is not None and progress >= self.cfg.cam.mix_from
         sums: dict[str, Tensor] = {}
-        logits, pairs, single = {}, None, None
+        logits, single = {}, None
         for scale in sorted({*cam_scales, *seg_scales}):
             x = cams.upsample(images, cams.scaled_size(size, scale))
+            features = self._with_mirror(x, known if scale == 1.0 else None)
             x = torch.cat([x, x.flip(-1)])
-            features = self.backbone(x)
             fmap = features.as_map(features.patches)
             maps = {}
             if scale in seg_scales:
@@ -287,31 +291,37 @@ class Method(BaseMethod):
             maps["aux"] = self.aux_classifier(features.as_map(features.aux))
             if proto and self.memory is not None:
                 maps["proto"] = features.as_map(self.memory(features.patches))
-            maps = {k: cams.merge_mirror(v, size).relu() for k, v in maps.items()}
+            maps = {k: cams.merge_mirror(v, pairs, size).relu() for k, v in maps.items()}
             if want_masks:
-                maps["masks"], pairs = self._crme_masks(x, features, labels, size)
+                maps["masks"] = self._crme_masks(x, features, labels, size)
             sums = {k: sums[k] + v if k in sums else v for k, v in maps.items()}
         maps = {k: cams.minmax(v) for k, v in sums.items()}
         return Stage(
+            pairs=pairs,
             main=maps.get("main"),
             aux=maps.get("aux"),
             proto=maps.get("proto"),
             masks=maps.get("masks"),
-            pairs=pairs,
             logits=[logits[s] for s in seg_scales],
             single=single,
         )
 
-    def _crme_masks(
-        self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc, and their pairs [P, 2]."""
+    def _with_mirror(self, x: Tensor, known: Features | None) -> Features:
+        """Features of x [B, 3, ., .] and of its mirror images, one batch."""
+        if known is None:
+            return self.backbone(torch.cat([x, x.flip(-1)]))
+        mirror = self.backbone(x.flip(-1))
+        both = (torch.cat([a.detach(), b]) for a, b in zip(known[:3], mirror[:3], strict=True))
+        return Features(*both, known.grid)
+
+    def _crme_masks(self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc."""
         mask_logits, scores = self.crme(x, features.patches, features.grid)
         chosen = self._select(mask_logits, scores, labels.repeat(2, 1), features.grid, None)
         masks = kernels.max_upsampled_masks(mask_logits, chosen, grid=features.grid, size=tuple(x.shape[-2:]))
         half = len(chosen.pairs) // 2
         plain, mirrored = masks[:half], masks[half:].flip(-1)
-        return cams.upsample(torch.maximum(plain, mirrored)[:, None], size)[:, 0], chosen.pairs[:half]
+        return cams.upsample(torch.maximum(plain, mirrored)[:, None], size)[:, 0]
 
     def _select(
         self, mask_logits: Tensor, scores: Tensor, labels: Tensor, grid: tuple[int, int], radius: float | None
@@ -329,15 +339,12 @@ class Method(BaseMethod):
             top=c.top,
         )
 
-    def _fused(self, stage: Stage, labels: Tensor) -> Tensor:
-        """Tag-masked main CAM [B, C, H, W], mixed with the CRME masks where there are any."""
-        fused = stage.main * labels[..., None, None]
+    def _fused(self, stage: Stage) -> Tensor:
+        """Main CAM [P, H, W], mixed with the CRME masks where there are any."""
         if stage.masks is None:
-            return fused
-        image, label = stage.pairs.unbind(1)
+            return stage.main
         mix = self.cfg.cam.mix * (stage.masks.sum((1, 2), keepdim=True) > 1e-5)  # an empty mask leaves the CAM as it is
-        fused[image, label] = mix * stage.masks + (1 - mix) * fused[image, label]
-        return fused
+        return mix * stage.masks + (1 - mix) * stage.main
 
     @torch.no_grad()
     def _pseudo_labels(self, stage: Stage, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -346,14 +353,14 @@ class Method(BaseMethod):
         Without CPE there are no prototypes, and the main one serves both.
         """
         cam, par = self.cfg.cam, self.cfg.par
-        maps, thresholds = [self._fused(stage, batch.labels)], [(cam.high, cam.low)]
+        maps, thresholds = [self._fused(stage)], [(cam.high, cam.low)]
         if stage.proto is not None:
-            maps.append(stage.proto * batch.labels[..., None, None])
+            maps.append(stage.proto)
             thresholds.append((cam.proto_high, cam.proto_low))
         refined = cams.refine_labels(
             maps,
             thresholds,
-            batch.labels,
+            stage.pairs,
             batch.rgb(),
             cams.box_mask(batch.boxes, batch.images.shape[-2:]),
             downscale=par.downscale,
@@ -363,11 +370,11 @@ class Method(BaseMethod):
         return refined[0], refined[-1]
 
     @torch.no_grad()
-    def _grid_labels(self, aux: Tensor, batch: Batch) -> Tensor:
+    def _grid_labels(self, stage: Stage, batch: Batch) -> Tensor:
         """Labels [B, h, w] of the patches for PTC and CPE, from the auxiliary CAM (never mixed with CRME)."""
         grid = self.backbone.grid_of(batch.images.shape[-2:])
         inside = cams.box_mask(cams.grid_boxes(batch.boxes, self.patch_size), grid)
-        maps = cams.upsample(aux, grid) * batch.labels[..., None, None]
+        maps = cams.all_classes(cams.upsample(stage.aux[:, None], grid)[:, 0], stage.pairs, batch.labels)
         return cams.training_labels(maps, inside, self.cfg.cam.high, self.cfg.cam.low)
 
     def _pooled(self, classifier: nn.Conv2d, fmap: Tensor) -> Tensor:
@@ -393,10 +400,9 @@ class Method(BaseMethod):
         if extras:
             shown["pseudo"] = self._pseudo_labels(stage, batch)[0]
         if extras and stage.masks is not None:
-            shown["crme"] = torch.zeros_like(stage.main)
-            shown["crme"][stage.pairs[:, 0], stage.pairs[:, 1]] = stage.masks
+            shown["crme"] = cams.all_classes(stage.masks, stage.pairs, batch.labels)
         return Prediction(
-            cam=self._fused(stage, batch.labels),
+            cam=cams.all_classes(self._fused(stage), stage.pairs, batch.labels),
             logits=cams.fuse_logits(stage.logits, list(seg_scales), fuse),
             single=stage.single,
             extras=shown,

@@ -17,8 +17,11 @@ BACKENDS = ("reference", "native", "triton")
 
 # What `auto` tries, first to last. An op or a device not listed here has its reference alone.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    "dense_crf": {"cpu": ("native", "reference")},
+    "dense_energy": {"cpu": ("native", "reference")},
     "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
 }
+NATIVE_NAMES = {"dense_energy": "lattice_filter"}  # torch.ops.wsss.<name>, where it is not the name of the op
 
 _implementations: dict[str, dict[str, Callable]] = {}
 _settings: dict[str, str] = {"default": "auto"}
@@ -35,7 +38,7 @@ except ImportError as error:
 
 def native_problem(op: str) -> str | None:
     """Why kernels._C has no usable `op`, or None."""
-    if NATIVE_PROBLEM is None and not hasattr(torch.ops.wsss, op):
+    if NATIVE_PROBLEM is None and not hasattr(torch.ops.wsss, NATIVE_NAMES.get(op, op)):
         return f"kernels._C was built from older sources, without {op}; build it again"
     return NATIVE_PROBLEM
 
@@ -72,6 +75,10 @@ def check_backends(device: torch.device) -> None:
         choose(op, device, None)
 
 
+def _has_cuda_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"wsss::{NATIVE_NAMES.get(op, op)}", "CUDA")
+
+
 def _problem(op: str, name: str, device: str) -> str | None:
     """Why backend `name` of `op` cannot run on `device`, or None."""
     if name not in _implementations[op]:
@@ -82,6 +89,8 @@ def _problem(op: str, name: str, device: str) -> str | None:
         return "kernels._C was built without CUDA"
     if name == "native" and device not in ("cpu", "cuda"):
         return "native code exists for cpu and cuda alone"
+    if name == "native" and device == "cuda" and not _has_cuda_kernel(op):
+        return "its native code is for the cpu alone"
     if name == "triton" and (device != "cuda" or not HAS_TRITON):
         return "triton needs a CUDA device and the triton package"
     return None
@@ -94,12 +103,15 @@ def available_backends(op: str, device: str | torch.device = "cpu") -> list[str]
     return [name for name in BACKENDS if _problem(op, name, torch.device(device).type) is None]
 
 
-def choose(op: str, device: torch.device, requested: str | None) -> Callable:
-    """The implementation of `op` to run on `device`. Raises ValueError if the one asked for cannot run."""
+def choose(op: str, device: torch.device, requested: str | None, pass_over: tuple[str, ...] = ()) -> Callable:
+    """The implementation of `op` to run on `device`; `auto` leaves out those of `pass_over`.
+
+    Raises ValueError if the one asked for cannot run.
+    """
     name = requested or _settings.get(op) or _settings["default"]
     if name == "auto":
         order = AUTO.get(op, {}).get(device.type, ("reference",))
-        name = next(n for n in order if _problem(op, n, device.type) is None)
+        name = next(n for n in order if n not in pass_over and _problem(op, n, device.type) is None)
     problem = _problem(op, name, device.type)
     if problem is not None:
         usable = ", ".join(n for n in BACKENDS if _problem(op, n, device.type) is None)

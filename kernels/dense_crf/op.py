@@ -6,12 +6,41 @@ import torch
 from torch import Tensor
 
 from kernels import checks
-from kernels.backend import choose, register
+from kernels.backend import choose, native_problem, register
 from kernels.dense_crf import reference
 
-register("dense_crf", reference=reference.dense_crf)
-
 MODES = ("fast", "exact")
+MAX_PRUNE = 0.1
+
+
+def _native(
+    unary: Tensor,
+    image: Tensor,
+    spatial: tuple[float, float],
+    bilateral: tuple[float, float, float],
+    iterations: int,
+    mode: str,
+    prune: float,
+    sizes: list[tuple[int, int]] | None,
+) -> Tensor:
+    if mode == "exact":  # plain torch is all there is
+        return reference.dense_crf(unary, image, spatial, bilateral, iterations, mode, prune, sizes)
+    if unary.dtype == torch.float64:
+        raise TypeError("dense_crf: the native backend computes in fp32; use backend='reference' for float64")
+    flat = [int(n) for size in sizes or () for n in size]
+    return torch.ops.wsss.dense_crf(
+        unary.float(), image.float(), *map(float, spatial), *map(float, bilateral), iterations, float(prune), flat
+    )
+
+
+if native_problem("dense_crf") is None:
+
+    @torch.library.register_fake("wsss::dense_crf")
+    def _fake(unary, image, spatial_sigma, spatial_weight, sigma_xy, sigma_rgb, weight, iterations, prune, sizes):
+        return unary.new_empty(unary.shape)
+
+
+register("dense_crf", reference=reference.dense_crf, native=_native)
 
 
 def dense_crf(
@@ -22,6 +51,8 @@ def dense_crf(
     bilateral: tuple[float, float, float] = (80.0, 13.0, 10.0),
     iterations: int = 10,
     mode: str = "fast",
+    prune: float = 0.0,
+    sizes: list[tuple[int, int]] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mean-field marginals of the dense CRF with Potts compatibility.
@@ -30,13 +61,21 @@ def dense_crf(
     is included, as in pydensecrf. K(i, j) = exp(-|f_i - f_j|^2 / 2), f = (x, y) / sigma_xy for the spatial kernel and
     (x / sigma_xy, y / sigma_xy, rgb / sigma_rgb) for the bilateral one.
 
-    unary       [B, K, H, W] = -log p; fp32, bf16, fp16, or fp64 (then all is computed in fp64).
+    unary       [B, K, H, W] = -log p; fp32, bf16, fp16, or fp64 (then all is computed in fp64, by the reference).
     image       [B, 3, H, W] RGB in 0..255, uint8 or floating point.
     spatial     (sigma_xy in pixels, weight); bilateral (sigma_xy in pixels, sigma_rgb in grey levels, weight).
                 Weight 0 leaves a kernel out.
     iterations  >= 0.
     mode        "fast": permutohedral lattice for both kernels, parity with pydensecrf; "exact": true Gaussian sums,
                 O((HW)^2) time, the oracle for small images.
+    prune       in [0, 0.1], in units of the exponents (nats); 0 is off. Class c of an image gets no messages if
+                max_i Q0_i(c) R < prune, R = max_i sum_k w_k n_i (K_k n_k)_i being the largest message there can be; it
+                keeps its unary energy in the softmax. Messages are >= 0, so Q_i(c) never exceeds Q0_i(c) e^m with m the
+                largest message of c, and m <= prune e^m in every iteration: what is left out of an exponent stays below
+                1.12 prune. One iteration so changes log Q by less than 1.12 prune. Over several, pixels that waver
+                between two classes may amplify it.
+    sizes       (h, w) of each image, in its top left corner, where a batch is padded to a common size; the padding
+                changes no bit inside, and Q is 0 there. Default: no padding.
     Returns Q [B, K, H, W] float32 (float64 for float64 unary), without gradient; it sums to 1 over the classes.
     Raises ValueError or TypeError for a wrong shape, dtype, device, range, mode or non-finite input.
     Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs" (NeurIPS 2011), equation 4.
@@ -57,11 +96,18 @@ def dense_crf(
         raise ValueError(f"dense_crf: iterations must be >= 0, got {iterations}")
     if mode not in MODES:
         raise ValueError(f"dense_crf: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    checks.number("dense_crf", "prune", prune, low=0.0, high=MAX_PRUNE)
+    if sizes is not None:
+        sizes = [(int(own_h), int(own_w)) for own_h, own_w in sizes]
+        if len(sizes) != b or not all(0 <= own_h <= h and 0 <= own_w <= w for own_h, own_w in sizes):
+            raise ValueError(f"dense_crf: sizes must be {b} pairs (h, w) up to ({h}, {w}), got {sizes}")
+    unary, image = unary.detach(), image.detach()
     for name, x in (("unary", unary), ("image", image)):
-        if not torch.isfinite(x).all():
+        # the extremes show NaN and infinity, several times cheaper than isfinite of every value
+        if x.numel() > 0 and x.is_floating_point() and not torch.stack(x.aminmax()).isfinite().all():
             raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
-    run = choose("dense_crf", unary.device, backend)
-    return run(unary.detach(), image.detach(), spatial, bilateral, iterations, mode)
+    run = choose("dense_crf", unary.device, backend, pass_over=("native",) if unary.dtype == torch.float64 else ())
+    return run(unary, image, spatial, bilateral, iterations, mode, prune, sizes)
 
 
 def dense_crf_unary(

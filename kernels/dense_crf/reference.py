@@ -32,30 +32,50 @@ def dense_crf(
     bilateral: tuple[float, float, float],
     iterations: int,
     mode: str,
+    prune: float = 0.0,
+    sizes: list[tuple[int, int]] | None = None,
 ) -> Tensor:
     dtype = accumulate_dtype(unary)
-    b, k, h, w = unary.shape
-    out = torch.empty(unary.shape, dtype=dtype, device=unary.device)
+    out = torch.zeros(unary.shape, dtype=dtype, device=unary.device)
     if out.numel() == 0:
         return out
     image = image.to(dtype)
     with no_autocast(unary):
-        fixed = []
-        if spatial[1] > 0:  # the same for all images
-            fixed = [_kernel(pixel_features(image[0], spatial[0], None), spatial[1], mode)]
-        for n in range(b):
-            messages = list(fixed)
+        fixed = {}  # the spatial kernel, one per size
+        for n, (h, w) in enumerate(sizes or [unary.shape[-2:]] * len(unary)):
+            if h * w == 0:
+                continue
+            own = image[n, :, :h, :w]
+            messages = []
+            if spatial[1] > 0:
+                if (h, w) not in fixed:
+                    fixed[h, w] = _kernel(pixel_features(own, spatial[0], None), spatial[1], mode)
+                messages.append(fixed[h, w])
             if bilateral[2] > 0:
-                messages.append(_kernel(pixel_features(image[n], *bilateral[:2]), bilateral[2], mode))
-            negative = -unary[n].to(dtype).reshape(k, h * w).t().contiguous()  # [pixels, K]
-            q = negative.softmax(dim=1)
-            for _ in range(iterations):
-                total = negative
-                for message in messages:
-                    total = total + message.filter(q)
-                q = total.softmax(dim=1)
-            out[n] = q.t().reshape(k, h, w)
+                messages.append(_kernel(pixel_features(own, *bilateral[:2]), bilateral[2], mode))
+            negative = -unary[n, :, :h, :w].to(dtype).flatten(1).t().contiguous()  # [pixels, K]
+            q = _mean_field(negative, messages, iterations, prune)
+            out[n, :, :h, :w] = q.t().reshape(-1, h, w)
     return out
+
+
+def _mean_field(negative: Tensor, messages: list[Lattice | ExactKernel], iterations: int, prune: float) -> Tensor:
+    """negative = -U [pixels, K] -> Q [pixels, K]."""
+    q = negative.softmax(dim=1)
+    live = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
+    if prune > 0 and messages:
+        ones = torch.ones_like(q[:, :1])
+        reach = sum(message.filter(ones) for message in messages).amax()  # message of a class with Q = 1 everywhere
+        live = q.amax(dim=0) * reach >= prune
+    if not messages or not live.any():
+        return q
+    for _ in range(iterations):
+        values = q[:, live]
+        total = negative.clone()
+        for message in messages:
+            total[:, live] += message.filter(values)
+        q = total.softmax(dim=1)
+    return q
 
 
 def unary_from_probs(probs: Tensor, confidence: float | None, clip: float) -> Tensor:

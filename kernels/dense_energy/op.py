@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import checks
-from kernels.backend import choose, register
+from kernels.backend import choose, native_problem, register
 from kernels.dense_energy import reference
 
-register("dense_energy", reference=reference.dense_energy)
 _OP = "dense_energy"
 SCALES = ("lattice", "true")
+
+
+def _native_sums(image: Tensor, planes: Tensor, sigma_xy: float, sigma_rgb: float, scale: str) -> Tensor:
+    if scale == "true":  # plain torch is all there is
+        return reference.kernel_sums(image, planes, sigma_xy, sigma_rgb, scale)
+    return torch.ops.wsss.lattice_filter(image, planes, float(sigma_xy), float(sigma_rgb))
+
+
+def _native(probs: Tensor, *args) -> Tensor:
+    if probs.dtype == torch.float64:
+        raise TypeError(f"{_OP}: the native backend computes in fp32; use backend='reference' for float64")
+    return reference.dense_energy(probs, *args, sums=_native_sums)
+
+
+if native_problem(_OP) is None:
+
+    @torch.library.register_fake("wsss::lattice_filter")
+    def _fake(image, planes, sigma_xy, sigma_rgb):
+        return planes.new_empty(planes.shape)
+
+
+register(_OP, reference=reference.dense_energy, native=_native)
 
 
 def dense_energy(
@@ -31,7 +53,7 @@ def dense_energy(
     normalisation. Gate g = max(0, roi - max_k probs), 1 where the label is 255. Image, roi and labels are shrunk to the
     nearest pixel, probs bilinearly.
 
-    probs         [B, K, H, W] softmax over K, in [0, 1]; fp32, bf16, fp16, or fp64 (all in fp64).
+    probs         [B, K, H, W] softmax over K, in [0, 1]; fp32, bf16, fp16, or fp64 (all in fp64, by the reference).
     image         [B, 3, H, W] RGB, floating point in 0..255.
     roi           [B, H, W] in {0, 1}: 1 on real image, 0 on padding.
     labels        [B, H, W] integers, 255 = unlabelled.
@@ -59,5 +81,5 @@ def dense_energy(
         raise ValueError(f"{_OP}: scale_factor must lie in (0, 1], got {scale_factor}")
     if scale not in SCALES:
         raise ValueError(f"{_OP}: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    run = choose(_OP, probs.device, backend)
+    run = choose(_OP, probs.device, backend, pass_over=("native",) if probs.dtype == torch.float64 else ())
     return run(probs, image.detach(), roi, labels, sigma_rgb, sigma_xy, scale_factor, scale)

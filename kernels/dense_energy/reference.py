@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,32 +15,35 @@ from kernels.lattice import Lattice, exact_filter, pixel_features
 WEIGHT = 1e-7
 
 
-def _filter(image: Tensor, planes: Tensor, sigma_xy: float, sigma_rgb: float, scale: str) -> Tensor:
-    """kappa applied to planes [K, H, W] of one image [3, H, W]."""
-    features = pixel_features(image, sigma_xy, sigma_rgb)
-    values = planes.flatten(1).t().contiguous()
-    out = Lattice(features).filter(values) if scale == "lattice" else exact_filter(features, values)
-    return out.t().reshape(planes.shape)
+def kernel_sums(image: Tensor, planes: Tensor, sigma_xy: float, sigma_rgb: float, scale: str) -> Tensor:
+    """kappa applied to planes [B, K, h, w] of images [B, 3, h, w]."""
+    sums = []
+    with no_autocast(planes):
+        for i, p in zip(image, planes, strict=True):
+            features = pixel_features(i, sigma_xy, sigma_rgb)
+            values = p.flatten(1).t().contiguous()
+            out = Lattice(features).filter(values) if scale == "lattice" else exact_filter(features, values)
+            sums.append(out.t().reshape(p.shape))
+    return torch.stack(sums)
 
 
 class GatedEnergy(torch.autograd.Function):
     """One filtering for the value and the gradient; the gradient is the convention in the doc of the op."""
 
     @staticmethod
-    def forward(ctx, probs, image, roi, gate, sigma_xy, sigma_rgb, scale):
+    def forward(ctx, probs, roi, gate, smooth):
+        """`smooth`: kappa applied to planes."""
         planes = probs * roi
-        with no_autocast(probs):
-            smooth = [_filter(i, p, sigma_xy, sigma_rgb, scale) for i, p in zip(image, planes, strict=True)]
-        smooth = gate * torch.stack(smooth)
+        sums = gate * smooth(planes)
         factor = WEIGHT / len(probs)
-        ctx.save_for_backward((-2 * factor) * smooth * roi)
-        return -factor * (planes * smooth).sum()
+        ctx.save_for_backward((-2 * factor) * sums * roi)
+        return -factor * (planes * sums).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
-        return grad * slope, None, None, None, None, None, None
+        return grad * slope, None, None, None
 
 
 def dense_energy(
@@ -50,7 +55,9 @@ def dense_energy(
     sigma_xy: float,
     scale_factor: float,
     scale: str,
+    sums: Callable = kernel_sums,
 ) -> Tensor:
+    """`sums`: what computes `kernel_sums`."""
     dtype = accumulate_dtype(probs)
     probs, image, roi = probs.to(dtype), image.to(dtype), roi.to(dtype).unsqueeze(1)
     if probs.numel() == 0:
@@ -62,4 +69,8 @@ def dense_energy(
     unlabelled = F.interpolate((labels == 255).to(dtype).unsqueeze(1), size) > 0
     gate = (roi - probs.detach().amax(dim=1, keepdim=True)).clamp_min(0)
     gate = torch.where(unlabelled, 1.0, gate)
-    return GatedEnergy.apply(probs, image, roi, gate, sigma_xy * scale_factor, sigma_rgb, scale)
+
+    def smooth(planes: Tensor) -> Tensor:
+        return sums(image, planes, sigma_xy * scale_factor, sigma_rgb, scale)
+
+    return GatedEnergy.apply(probs, roi, gate, smooth)

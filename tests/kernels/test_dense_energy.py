@@ -1,10 +1,11 @@
-"""dense_energy: the value against a double loop, the gradient against the stated convention."""
+"""dense_energy: the value against a double loop, the gradient against the stated convention; native code against the
+reference."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import dense_energy
+from kernels import available_backends, dense_energy
 from kernels.lattice import Lattice, pixel_features
 
 
@@ -139,3 +140,105 @@ def test_errors():
         dense_energy(probs, image, roi, labels.float())
     with pytest.raises(TypeError, match="dense_energy: image must be floating point"):
         dense_energy(probs, image.to(torch.uint8), roi, labels)
+
+
+# ------------------------------------------------------------------------------------------------ native
+
+
+CPU_BACKENDS = available_backends("dense_energy", "cpu")
+native = pytest.mark.skipif("native" not in CPU_BACKENDS, reason="kernels._C is not built")
+
+
+def value_and_grad(probs, *args, **options):
+    probs = probs.clone().requires_grad_()
+    value = dense_energy(probs, *args, **options)
+    value.backward()
+    return value.detach(), probs.grad
+
+
+@native
+@pytest.mark.parametrize("size", [(24, 32), (13, 7), (1, 40), (40, 1), (1, 1)])
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 21, 51])
+def test_native_equals_reference(size, k):
+    probs, image, roi, labels = example(2, k, *size, dtype=torch.float32)
+    for options in ({}, {"sigma_rgb": 5.0, "sigma_xy": 20.0, "scale_factor": 1.0}):
+        got = value_and_grad(probs, image, roi, labels, backend="native", **options)
+        plain = value_and_grad(probs, image, roi, labels, backend="reference", **options)
+        want = value_and_grad(probs.double(), image, roi, labels, backend="reference", **options)
+        assert got[0].dtype == got[1].dtype == torch.float32
+        for ours, fp32, fp64 in zip(got, plain, want, strict=True):
+            torch.testing.assert_close(ours, fp32, rtol=1e-5, atol=1e-12)
+            # fp64 breaks ties of the lattice cells its own way
+            assert (ours - fp64).abs().max() <= 1e-3 * fp64.abs().max()
+
+
+@native
+@pytest.mark.parametrize("sigmas", [(50.0, 15.0), (3.0, 200.0), (80.0, 1.0)])
+@pytest.mark.parametrize("shape", [(2, 3, 20, 31), (1, 8, 1, 17), (3, 1, 9, 9), (1, 33, 12, 10)])
+def test_filter_equals_the_lattice(sigmas, shape):
+    b, _, h, w = shape
+    image, planes = 255 * torch.rand(b, 3, h, w), torch.randn(shape)
+    got = torch.ops.wsss.lattice_filter(image, planes, *sigmas)
+    for i, p, ours in zip(image, planes, got, strict=True):
+        for dtype in (torch.float32, torch.float64):
+            values = p.to(dtype).flatten(1).t().contiguous()
+            want = Lattice(pixel_features(i.to(dtype), *sigmas)).filter(values).t().reshape(p.shape)
+            error, scale = (ours - want).abs(), want.abs()
+            if dtype == torch.float32:
+                assert error.max() < 1e-5 * scale.max()
+            # coordinates of 500 carry 3e-5 in fp32, and fp64 breaks ties of the lattice cells its own way
+            assert error.mean() < 1e-3 * scale.mean()
+
+
+@native
+def test_native_batch_position_threads_repeat():
+    image, planes = 255 * torch.rand(3, 3, 61, 83), torch.randn(3, 21, 61, 83)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(torch.ops.wsss.lattice_filter(image, planes, 50.0, 15.0))
+            pairs = zip(image.split(1), planes.split(1), strict=True)
+            results.append(torch.cat([torch.ops.wsss.lattice_filter(i, p, 50.0, 15.0) for i, p in pairs]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@native
+def test_native_true_scale_is_the_reference():
+    args = example(dtype=torch.float32)
+    assert torch.equal(*(dense_energy(*args, scale="true", backend=b) for b in ("native", "reference")))
+
+
+@native
+def test_native_refuses_float64():
+    with pytest.raises(TypeError, match="dense_energy: the native backend computes in fp32"):
+        dense_energy(*example(), backend="native")
+
+
+@native
+def test_too_small_a_deviation():
+    for backend in CPU_BACKENDS:
+        with pytest.raises(ValueError, match="lattice: the features span too many cells"):
+            dense_energy(*example(dtype=torch.float32), sigma_rgb=1e-4, backend=backend)
+
+
+@native
+def test_filter_opcheck_compile_layout_empty():
+    op = torch.ops.wsss.lattice_filter
+    args = (255 * torch.rand(2, 3, 9, 8), torch.rand(2, 5, 9, 8), 20.0, 15.0)
+    torch.library.opcheck(op.default, args)
+    want = op(*args)
+    run = torch.compile(lambda *a: op(*a) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(*args), want + 1)
+    assert torch.equal(want, op(args[0].mT.contiguous().mT, args[1].to(memory_format=torch.channels_last), *args[2:]))
+    for b, k, h in ((0, 2, 4), (1, 0, 4), (1, 2, 0)):
+        assert op(torch.rand(b, 3, h, 5), torch.rand(b, k, h, 5), 20.0, 15.0).shape == (b, k, h, 5)
+    with pytest.raises(TypeError, match="lattice_filter: planes must be float32"):
+        op(args[0], args[1].double(), 20.0, 15.0)
+    with pytest.raises(ValueError, match="lattice_filter: image does not fit planes"):
+        op(args[0][..., :4], *args[1:])
+    with pytest.raises(ValueError, match="lattice_filter: the standard deviations must be > 0"):
+        op(*args[:2], 0.0, 15.0)

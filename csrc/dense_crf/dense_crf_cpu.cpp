@@ -1,0 +1,251 @@
+// Schema of wsss::dense_crf and its CPU implementation.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+
+#include "check.h"
+#include "dense_crf/dense_crf.h"
+#include "lattice/lattice.h"
+
+namespace wsss {
+namespace {
+
+// One image inside planes of `plane` floats with rows of `stride`; its own h * w pixels are numbered row by row.
+struct Frame {
+  int64_t classes, h, w, stride, plane;
+
+  // Calls run(first pixel, offset in a plane, count) for stretches of the pixels [begin, end), count <= kCrfChunk.
+  template <class Run>
+  void for_stretches(int64_t begin, int64_t end, const Run& run) const {
+    const int64_t row = stride == w ? h * w : w;
+    for (int64_t i = begin; i < end;) {
+      const int64_t count = std::min({kCrfChunk, end - i, row - i % row});
+      run(i, i / row * stride + i % row, count);
+      i += count;
+    }
+  }
+};
+
+// One kernel of the sum: a normalised lattice and its table of values.
+struct Message {
+  const Lattice* lattice;
+  float weight;
+  Buffer<float> table, next;
+
+  float factor() const { return weight * lattice->slice_factor(); }
+};
+
+constexpr int64_t kGrain = 16 * kCrfChunk;  // pixels per task
+
+class MeanField {
+ public:
+  MeanField(const Frame& frame, const float* unary, float* out, std::vector<Message>& messages)
+      : frame_(frame), pixels_(frame.h * frame.w), unary_(unary), out_(out), messages_(messages) {}
+
+  // Sorts the classes into live ones and those whose message stays below `prune`.
+  void choose_live(float prune) {
+    std::vector<float> most(frame_.classes, 0.0f);
+    const float reach = prune > 0 ? largest_reach() : 0.0f;
+    if (prune > 0) class_max(most.data());
+    for (int64_t c = 0; c < frame_.classes; ++c) (prune > 0 && most[c] * reach < prune ? dropped_ : live_).push_back(c);
+    if (live_.empty()) std::swap(live_, dropped_), messages_.clear();
+  }
+
+  void run(int64_t iterations) {
+    width_ = lattice_width(live_.size());
+    start_ = Buffer<float>(pixels_ * width_);
+    if (!dropped_.empty()) {
+      base_ = Buffer<float>(pixels_);
+      rest_ = Buffer<float>(pixels_);
+    }
+    at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
+      frame_.for_stretches(begin, end, [&](int64_t i, int64_t at, int64_t count) {
+        crf_load(unary_ + at, frame_.plane, live_.data(), live_.size(), count, width_, start_.get() + i * width_);
+        if (dropped_.empty()) return;
+        crf_dropped(unary_ + at, frame_.plane, dropped_.data(), dropped_.size(), count, base_.get() + i,
+                    rest_.get() + i);
+      });
+    });
+    if (messages_.empty()) iterations = 0;
+    const bool alone = at::in_parallel_region() || at::get_num_threads() == 1;
+    for (auto& m : messages_) {
+      m.table = Buffer<float>(m.lattice->table_size(width_));
+      if (alone) m.next = Buffer<float>(m.lattice->table_size(width_));
+    }
+    if (!alone && iterations > 0) q_ = Buffer<float>(pixels_ * width_);
+    for (int64_t step = 0; step < iterations; ++step) {
+      alone ? sweep_alone(step) : sweep_shared(step);
+      for (auto& m : messages_) m.lattice->blur(m.table.get(), width_);
+    }
+    at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
+      Buffer<float> rows(kCrfChunk * width_);
+      float top[kCrfChunk], inverse[kCrfChunk];
+      frame_.for_stretches(begin, end, [&](int64_t i, int64_t at, int64_t count) {
+        marginals(iterations, i, count, rows.get(), top, inverse);
+        crf_store(rows.get(), count, width_, live_.data(), live_.size(), dropped_.data(), dropped_.size(), unary_ + at,
+                  top, inverse, frame_.plane, out_ + at);
+      });
+    });
+  }
+
+ private:
+  // max_i sum_k w_k n_i (K n)_i: the largest message of a class with Q = 1 everywhere.
+  float largest_reach() const {
+    Buffer<float> total(pixels_);
+    std::fill(total.get(), total.get() + pixels_, 1.0f);
+    std::vector<Buffer<float>> tables;
+    for (const auto& m : messages_) {
+      tables.emplace_back(m.lattice->table_size(1));
+      m.lattice->splat(total.get(), 1, tables.back().get());
+      m.lattice->blur(tables.back().get(), 1);
+    }
+    std::fill(total.get(), total.get() + pixels_, 0.0f);
+    for (size_t k = 0; k < tables.size(); ++k) {
+      at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
+        messages_[k].lattice->slice(tables[k].get(), 1, messages_[k].factor(), begin, end, total.get() + begin,
+                                    total.get() + begin);
+      });
+    }
+    return *std::max_element(total.get(), total.get() + pixels_);
+  }
+
+  void class_max(float* most) const {
+    std::mutex mutex;
+    at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
+      Buffer<float> scratch(frame_.classes * kCrfChunk);
+      std::vector<float> own(frame_.classes, 0.0f);
+      frame_.for_stretches(begin, end, [&](int64_t, int64_t at, int64_t count) {
+        crf_class_max(unary_ + at, frame_.plane, frame_.classes, count, scratch.get(), own.data());
+      });
+      const std::lock_guard lock(mutex);
+      for (int64_t c = 0; c < frame_.classes; ++c) most[c] = std::max(most[c], own[c]);
+    });
+  }
+
+  // rows = Q after `step` iterations for `count` pixels from `i` on.
+  void marginals(int64_t step, int64_t i, int64_t count, float* rows, float* top, float* inverse) const {
+    const float* start = start_.get() + i * width_;
+    if (step == 0) std::copy(start, start + count * width_, rows);
+    for (size_t k = 0; step > 0 && k < messages_.size(); ++k) {
+      const auto& m = messages_[k];
+      m.lattice->slice(m.table.get(), width_, m.factor(), i, i + count, k == 0 ? start : rows, rows);
+    }
+    const bool all = dropped_.empty();
+    crf_softmax(rows, count, width_, all ? nullptr : base_.get() + i, all ? nullptr : rest_.get() + i, top, inverse);
+  }
+
+  void sweep_alone(int64_t step) {
+    Buffer<float> rows(kCrfChunk * width_);
+    float top[kCrfChunk], inverse[kCrfChunk];
+    for (auto& m : messages_) std::fill(m.next.get(), m.next.get() + m.lattice->table_size(width_), 0.0f);
+    for (int64_t i = 0; i < pixels_; i += kCrfChunk) {
+      const int64_t count = std::min(kCrfChunk, pixels_ - i);
+      marginals(step, i, count, rows.get(), top, inverse);
+      for (auto& m : messages_) m.lattice->splat_some(rows.get(), width_, i, i + count, m.next.get());
+    }
+    for (auto& m : messages_) std::swap(m.table, m.next);
+  }
+
+  void sweep_shared(int64_t step) {
+    at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
+      float top[kCrfChunk], inverse[kCrfChunk];
+      for (int64_t i = begin; i < end; i += kCrfChunk) {
+        marginals(step, i, std::min(kCrfChunk, end - i), q_.get() + i * width_, top, inverse);
+      }
+    });
+    for (auto& m : messages_) m.lattice->splat(q_.get(), width_, m.table.get());
+  }
+
+  Frame frame_;
+  int64_t pixels_, width_ = 0;
+  const float* unary_;
+  float* out_;
+  std::vector<Message>& messages_;
+  std::vector<int64_t> live_, dropped_;
+  Buffer<float> start_, base_, rest_, q_;  // -U in rows; the dropped classes; Q in rows
+};
+
+void one_image(const Frame& frame, const float* unary, const float* image, float* out, const Lattice* spatial,
+               const DenseCrfParams& p) {
+  std::vector<Message> messages;
+  if (spatial != nullptr) messages.push_back({spatial, p.spatial_weight, {}, {}});
+  std::optional<Lattice> bilateral;
+  if (p.weight > 0) {
+    bilateral.emplace(pixel_features(image, frame.h, frame.w, frame.stride, frame.plane, p.sigma_xy, p.sigma_rgb),
+                      frame.h * frame.w, 5);
+    bilateral->normalise();
+    messages.push_back({&*bilateral, p.weight, {}, {}});
+  }
+  MeanField field(frame, unary, out, messages);
+  field.choose_live(p.prune);
+  field.run(p.iterations);
+}
+
+at::Tensor dense_crf_cpu(const at::Tensor& unary, const at::Tensor& image, double spatial_sigma, double spatial_weight,
+                         double sigma_xy, double sigma_rgb, double weight, int64_t iterations, double prune,
+                         at::IntArrayRef sizes) {
+  check_float32(unary, 4, "dense_crf", "unary");
+  check_float32(image, 4, "dense_crf", "image");
+  const int64_t batch = unary.size(0), classes = unary.size(1), h = unary.size(2), w = unary.size(3);
+  TORCH_CHECK_VALUE(image.sizes() == at::IntArrayRef({batch, 3, h, w}), "dense_crf: image does not fit unary ",
+                    unary.sizes());
+  TORCH_CHECK_VALUE(spatial_sigma > 0 && sigma_xy > 0 && sigma_rgb > 0,
+                    "dense_crf: the standard deviations must be > 0");
+  TORCH_CHECK_VALUE(sizes.empty() || static_cast<int64_t>(sizes.size()) == 2 * batch,
+                    "dense_crf: sizes must be empty or hold a height and a width per image");
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    TORCH_CHECK_VALUE(sizes[i] >= 0 && sizes[i] <= (i % 2 ? w : h), "dense_crf: sizes must lie inside the batch");
+  }
+  const auto energies = unary.contiguous(), colours = image.contiguous();
+  auto out = sizes.empty() ? at::empty({batch, classes, h, w}, unary.options())
+                           : at::zeros({batch, classes, h, w}, unary.options());
+  if (out.numel() == 0) return out;
+
+  const DenseCrfParams params{static_cast<float>(spatial_sigma), static_cast<float>(spatial_weight),
+                              static_cast<float>(sigma_xy),      static_cast<float>(sigma_rgb),
+                              static_cast<float>(weight),        iterations,
+                              static_cast<float>(prune)};
+  const auto size_of = [&](int64_t b) {
+    return sizes.empty() ? std::pair(h, w) : std::pair(sizes[2 * b], sizes[2 * b + 1]);
+  };
+  std::map<std::pair<int64_t, int64_t>, Lattice> spatial;  // one per size of the batch
+  for (int64_t b = 0; b < batch && spatial_weight > 0; ++b) {
+    const auto [own_h, own_w] = size_of(b);
+    if (own_h * own_w == 0 || spatial.count({own_h, own_w})) continue;
+    Lattice lattice(pixel_features(nullptr, own_h, own_w, 0, 0, params.spatial_sigma, 1.0f), own_h * own_w, 2);
+    lattice.normalise();
+    spatial.emplace(std::pair(own_h, own_w), std::move(lattice));
+  }
+  const float* from = energies.const_data_ptr<float>();
+  const float* from_image = colours.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  over_images(batch, [&](int64_t b) {
+    const auto size = size_of(b);
+    const Frame frame{classes, size.first, size.second, w, h * w};
+    if (frame.h * frame.w == 0) return;
+    const auto found = spatial.find(size);
+    one_image(frame, from + b * classes * h * w, from_image + b * 3 * h * w, to + b * classes * h * w,
+              found == spatial.end() ? nullptr : &found->second, params);
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(wsss, m) {
+  m.def(
+      "dense_crf(Tensor unary, Tensor image, float spatial_sigma, float spatial_weight, float sigma_xy, "
+      "float sigma_rgb, float weight, int iterations, float prune, int[] sizes) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(wsss, CPU, m) { m.impl("dense_crf", &dense_crf_cpu); }
+
+}  // namespace wsss

@@ -1,0 +1,60 @@
+// Eight floats at once by the vector extension of GCC and Clang, and one copy of a function per instruction set.
+#pragma once
+#include <cstdint>
+
+// WSSS_CLONES: with fused multiply-add. WSSS_CLONES_UNFUSED: each operation rounds by itself, as in plain torch.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WSSS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define WSSS_CLONES_UNFUSED __attribute__((target_clones("avx2", "default")))
+#else
+#define WSSS_CLONES
+#define WSSS_CLONES_UNFUSED
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: the helpers are always inlined
+#endif
+#define WSSS_INLINE inline __attribute__((always_inline))
+
+namespace wsss {
+
+constexpr int kLanes = 8;
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef float HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+
+template <class V>
+WSSS_INLINE V load(const float* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+WSSS_INLINE void store(float* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+WSSS_INLINE Vec larger(const Vec& a, const Vec& b) { return a > b ? a : b; }
+
+WSSS_INLINE float sum_of_lanes(const Vec& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// exp(x) for x <= 0, relative error below 2e-7; 0 for x < -69 (1e-30), so that no product with it is denormal.
+WSSS_INLINE Vec exp_not_positive(const Vec& x) {
+  const Vec lowest = Vec{} - 69.0f;
+  const Vec y = larger(x, lowest);
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec k = (y * 1.44269504f + magic) - magic;
+  const Vec r = (y - k * 0.693359375f) + k * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec bits = (__builtin_convertvector(k, IntVec) + 127) << 23;
+  return x < lowest ? Vec{} : p * (Vec)bits;  // a cast between vector types keeps the bits
+}
+
+}  // namespace wsss

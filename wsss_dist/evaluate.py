@@ -46,6 +46,7 @@ class CRFConfig(StrictModel):
     iterations: int = Field(10, ge=1)
     spatial: tuple[float, float] = (2.0, 1.0)  # sigma in pixels, weight
     bilateral: tuple[float, float, float] = (140.0, 1.0, 7.0)  # sigma in pixels, sigma in grey levels, weight
+    prune: float = Field(0.0, ge=0, le=0.1)  # above 0 (such as 1e-3): faster, without classes that cannot matter
 
     @field_validator("spatial", "bilateral")
     @classmethod
@@ -131,6 +132,7 @@ def evaluate_splits(
         "seg": eval.seg_scales, each with its mirror image;
         "seg_crf": the same after the CRF;
         "seg_tags": as "seg", with classes that are not tags of the image ruled out, the measure of pseudo masks;
+        "seg_tags_crf": the same after the CRF, which sees the remaining classes alone;
         "pseudo": the label map that such a method would be trained on (`Prediction.extras`). Its undecided pixels (255)
         count as background; "ignored" is their share of the pixels with a true label.
     """

@@ -29,6 +29,7 @@ KINDS = {
     "seg": "segmentation head",
     "seg_crf": "segmentation head + CRF",
     "seg_tags": "segmentation, tags given",
+    "seg_tags_crf": "seg. + CRF, tags given",
     "pseudo": "pseudo labels",
 }
 # what a reader has to know of a kind

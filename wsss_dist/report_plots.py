@@ -22,7 +22,7 @@ GAP = 6
 TEXT = 24  # height of a line of text
 INK = (40, 40, 40)
 IGNORE = (255, 255, 255)
-CURVE_COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7030a0", "#7f6000", "#a0263c", "#2e8b8b")
+CURVE_COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7030a0", "#7f6000", "#a0263c", "#2e8b8b", "#6b6b6b")
 
 
 def voc_palette(num_colours: int = 256) -> np.ndarray:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 UNDECIDED = 255  # in a label map and in the truth
 # beside "cam" and "cam_best", in the order in which they are reported
-LABEL_KINDS = ("seg_single", "seg", "seg_crf", "seg_tags", "pseudo")
+LABEL_KINDS = ("seg_single", "seg", "seg_crf", "seg_tags", "seg_tags_crf", "pseudo")
 
 
 @dataclass
@@ -110,9 +110,10 @@ def _labels(prediction: Prediction, i: int, sample: EvalSample, crf: CRFConfig |
     out["seg"] = logits.argmax(0)
     if crf is not None:
         out["seg_crf"] = crf_labels(logits, sample.image.to(logits.device), crf)
-    absent = torch.cat([torch.zeros(1), sample.labels]).to(logits.device) <= 0
-    absent[0] = False
-    out["seg_tags"] = logits.masked_fill(absent[:, None, None], -torch.inf).argmax(0)
+    allowed = (torch.cat([torch.ones(1), sample.labels]) > 0).nonzero().flatten().to(logits.device)
+    out["seg_tags"] = allowed[logits[allowed].argmax(0)]
+    if crf is not None:
+        out["seg_tags_crf"] = allowed[crf_labels(logits[allowed], sample.image.to(logits.device), crf)]
     return out
 
 
@@ -126,7 +127,12 @@ def crf_labels(logits: Tensor, image: Tensor, cfg: CRFConfig) -> Tensor:
     """
     unary = -logits.float().softmax(0).clamp(1e-5, 1.0).log()
     refined = kernels.dense_crf(
-        unary[None], image[None], spatial=cfg.spatial, bilateral=cfg.bilateral, iterations=cfg.iterations, mode="fast"
+        unary[None],
+        image[None],
+        spatial=cfg.spatial,
+        bilateral=cfg.bilateral,
+        iterations=cfg.iterations,
+        prune=cfg.prune,
     )
     return refined[0].argmax(0)
 

@@ -328,14 +328,20 @@ def test_crf_gets_the_unary_of_the_specification(colours, tmp_path, monkeypatch)
         return torch.softmax(-unary, 1).flip(1)  # any other answer than the argmax of the logits
 
     monkeypatch.setattr(kernels, "dense_crf", fake, raising=False)
-    crf = CRFConfig(iterations=4)
+    crf = CRFConfig(iterations=4, prune=1e-3)
     result = evaluate_splits(Colours(gain=20.0), config(crf=crf, val_limit=1), ["val"], tmp_path, 1)["val"]
-    unary, image, kwargs = calls[0]
-    assert kwargs == {"spatial": (2.0, 1.0), "bilateral": (140.0, 1.0, 7.0), "iterations": 4, "mode": "fast"}
+    (unary, image, kwargs), (of_tags, same, _) = calls
+    assert kwargs == {"spatial": (2.0, 1.0), "bilateral": (140.0, 1.0, 7.0), "iterations": 4, "prune": 1e-3}
+    assert torch.equal(image, same)
     assert image.dtype == torch.uint8 and np.array_equal(image[0].permute(1, 2, 0).numpy(), colours.image(0))
     assert unary.shape == (1, 4, *colours.mask(0).shape)
     assert unary.min() >= 0 and unary.max().item() == pytest.approx(-np.log(1e-5), abs=1e-5)  # float32 rounding of ln
     assert result["seg_crf"] != result["seg"]
+    allowed = [0, *(np.flatnonzero(colours.labels(0)) + 1)]
+    assert of_tags.shape[1] == len(allowed) < 4  # the softmax runs over the remaining classes
+    answer, tags = torch.softmax(-of_tags, 1).flip(1).argmax(1)[0], ConfusionMatrix(4)
+    tags.update(torch.tensor(allowed)[answer], torch.from_numpy(colours.mask(0)))
+    assert result["seg_tags_crf"] == tags.summary() != result["seg_tags"]
 
 
 def test_split_without_masks(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from kernels.max_upsampled_masks.op import max_upsampled_masks
 from kernels.par.op import par
 from kernels.patch_token_contrast.op import patch_token_contrast
 from kernels.radius_mask.op import radius_mask
+from kernels.random_walk.op import random_walk
 from kernels.select_regions.op import RegionSelection, select_regions
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "par",
     "patch_token_contrast",
     "radius_mask",
+    "random_walk",
     "select_regions",
 ]

@@ -20,6 +20,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "dense_crf": {"cpu": ("native", "reference")},
     "dense_energy": {"cpu": ("native", "reference")},
     "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "random_walk": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
 }
 NATIVE_NAMES = {"dense_energy": "lattice_filter"}  # torch.ops.wsss.<name>, where it is not the name of the op
 

@@ -36,7 +36,7 @@ inline ParTaps make_taps(const int64_t* dilations, int num_dilations, const doub
 
 // CPU. Planes are padded: row r of plane p starts at p * plane + r * stride; pixel (y, x) lies at row y + reach_y,
 // column x + reach_x. `columns` is the width rounded up to kParBlock: whole blocks are computed, the surplus ignored.
-constexpr int64_t kParBlock = 32;
+constexpr int64_t kParBlock = 16;
 struct ParPadded {
   int64_t height, width, columns, reach_y, reach_x, stride, plane;
 };

@@ -3,46 +3,11 @@
 #include <cstring>
 
 #include "par/par.h"
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define WSSS_CLONES __attribute__((target_clones("avx512f", "avx2,fma", "default")))
-#else
-#define WSSS_CLONES
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: the helpers below are always inlined
-#endif
-#define WSSS_INLINE inline __attribute__((always_inline))
+#include "simd.h"
 
 namespace wsss {
-namespace {
 
-constexpr int kLanes = 16;
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-
-#define LOAD(p) (*reinterpret_cast<const LooseVec*>(p))
-#define STORE(p, v) (*reinterpret_cast<LooseVec*>(p) = (v))
-
-// exp(x) for x <= 0, relative error below 2e-7; below -87 it is exp(-87), 1.6e-38.
-WSSS_INLINE void exp_in_place(Vec& x) {
-  const Vec lowest = Vec{} - 87.0f;
-  x = x < lowest ? lowest : x;
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec k = (x * 1.44269504f + magic) - magic;
-  const Vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const IntVec bits = (__builtin_convertvector(k, IntVec) + 127) << 23;
-  x = p * (Vec)bits;  // a cast between vector types keeps the bits
-}
-
-}  // namespace
+static_assert(kParBlock == 2 * kLanes);
 
 void par_fill_border(float* plane, const ParPadded& p) {
   for (int64_t y = p.reach_y; y < p.reach_y + p.height; ++y) {
@@ -71,10 +36,10 @@ void par_weight_row(const float* image, const ParTaps& taps, const ParPadded& p,
     for (int ch = 0; ch < 3; ++ch) {
       const float* at = centre + ch * p.plane;
       Vec sum = {}, square = {};
-      for (int n = 0; n < taps.count; ++n) sum += LOAD(at + jump[n]);
+      for (int n = 0; n < taps.count; ++n) sum += load<Vec>(at + jump[n]);
       const Vec mean = sum / count;
       for (int n = 0; n < taps.count; ++n) {
-        const Vec d = LOAD(at + jump[n]) - mean;
+        const Vec d = load<Vec>(at + jump[n]) - mean;
         square += d * d;
       }
       square /= count - 1.0f;
@@ -85,22 +50,24 @@ void par_weight_row(const float* image, const ParTaps& taps, const ParPadded& p,
       Vec total = {};
       for (int ch = 0; ch < 3; ++ch) {
         const float* at = centre + ch * p.plane;
-        const Vec d = (LOAD(at + jump[n]) - LOAD(at)) * scale[ch];
+        const Vec d = (load<Vec>(at + jump[n]) - load<Vec>(at)) * scale[ch];
         total += d * d;
       }
       total = total / -3.0f;
       best = total > best ? total : best;
-      STORE(out + n * tap_plane, total);
+      store(out + n * tap_plane, total);
     }
     Vec sum = {};
     for (int n = 0; n < taps.count; ++n) {
-      Vec e = LOAD(out + n * tap_plane) - best;
-      exp_in_place(e);
+      const Vec e = exp_not_positive(load<Vec>(out + n * tap_plane) - best);
       sum += e;
-      STORE(out + n * tap_plane, e);
+      store(out + n * tap_plane, e);
     }
     const Vec inverse = 1.0f / sum;
-    for (int n = 0; n < taps.count; ++n) STORE(out + n * tap_plane, LOAD(out + n * tap_plane) * inverse + taps.place[n]);
+    for (int n = 0; n < taps.count; ++n) {
+      const Vec w = load<Vec>(out + n * tap_plane) * inverse + taps.place[n];
+      store(out + n * tap_plane, w);
+    }
   }
 }
 
@@ -119,27 +86,27 @@ void par_sweep_row(const float* from, float* to, const float* weights, const Par
       const float* b = a + p.plane;
       Vec a0 = {}, a1 = {}, b0 = {}, b1 = {};
       for (int n = 0; n < taps.count; ++n) {
-        const Vec w0 = LOAD(w + n * tap_plane), w1 = LOAD(w + n * tap_plane + kLanes);
-        a0 += w0 * LOAD(a + jump[n]);
-        a1 += w1 * LOAD(a + jump[n] + kLanes);
-        b0 += w0 * LOAD(b + jump[n]);
-        b1 += w1 * LOAD(b + jump[n] + kLanes);
+        const Vec w0 = load<Vec>(w + n * tap_plane), w1 = load<Vec>(w + n * tap_plane + kLanes);
+        a0 += w0 * load<Vec>(a + jump[n]);
+        a1 += w1 * load<Vec>(a + jump[n] + kLanes);
+        b0 += w0 * load<Vec>(b + jump[n]);
+        b1 += w1 * load<Vec>(b + jump[n] + kLanes);
       }
       float* out = to + c * p.plane + place;
-      STORE(out, a0);
-      STORE(out + kLanes, a1);
-      STORE(out + p.plane, b0);
-      STORE(out + p.plane + kLanes, b1);
+      store(out, a0);
+      store(out + kLanes, a1);
+      store(out + p.plane, b0);
+      store(out + p.plane + kLanes, b1);
     }
     if (c < channels) {
       const float* a = from + c * p.plane + place;
       Vec a0 = {}, a1 = {};
       for (int n = 0; n < taps.count; ++n) {
-        a0 += LOAD(w + n * tap_plane) * LOAD(a + jump[n]);
-        a1 += LOAD(w + n * tap_plane + kLanes) * LOAD(a + jump[n] + kLanes);
+        a0 += load<Vec>(w + n * tap_plane) * load<Vec>(a + jump[n]);
+        a1 += load<Vec>(w + n * tap_plane + kLanes) * load<Vec>(a + jump[n] + kLanes);
       }
-      STORE(to + c * p.plane + place, a0);
-      STORE(to + c * p.plane + place + kLanes, a1);
+      store(to + c * p.plane + place, a0);
+      store(to + c * p.plane + place + kLanes, a1);
     }
   }
 }

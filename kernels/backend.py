@@ -19,8 +19,12 @@ BACKENDS = ("reference", "native", "triton")
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "dense_crf": {"cpu": ("native", "reference")},
     "dense_energy": {"cpu": ("native", "reference")},
+    "dilate_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "max_upsampled_masks": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "radius_mask": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "random_walk": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "select_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
 }
 NATIVE_NAMES = {"dense_energy": "lattice_filter"}  # torch.ops.wsss.<name>, where it is not the name of the op
 

@@ -6,11 +6,23 @@ import torch
 from torch import Tensor
 
 from kernels import checks
-from kernels.backend import choose, register
+from kernels.backend import choose, native_problem, register
 from kernels.dilate_regions import reference
-from kernels.radius_mask.op import check_metric
+from kernels.radius_mask.op import check_metric, disc_limit
 
-register("dilate_regions", reference=reference.dilate_regions)
+
+def _native(seeds: Tensor, radius: float, metric: str) -> Tensor:
+    return torch.ops.wsss.dilate_regions(seeds, disc_limit(radius, metric), metric == "chebyshev")
+
+
+if native_problem("dilate_regions") is None:
+
+    @torch.library.register_fake("wsss::dilate_regions")
+    def _fake(seeds, limit, chebyshev):
+        return seeds.new_empty(seeds.shape)
+
+
+register("dilate_regions", reference=reference.dilate_regions, native=_native)
 
 
 def dilate_regions(seeds: Tensor, radius: float, *, metric: str = "euclidean", backend: str | None = None) -> Tensor:

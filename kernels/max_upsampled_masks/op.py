@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import checks
-from kernels.backend import choose, register
+from kernels.backend import choose, native_problem, register
 from kernels.max_upsampled_masks import reference
+from kernels.radius_mask.op import disc_limit
 from kernels.select_regions.op import RegionSelection
 
-register("max_upsampled_masks", reference=reference.max_upsampled_masks)
+
+def _native(
+    mask_logits: Tensor,
+    pairs: Tensor,
+    members: Tensor,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    radius: float | None,
+) -> Tensor:
+    return torch.ops.wsss.max_upsampled_masks(mask_logits, pairs, members, *grid, *size, disc_limit(radius))[0]
+
+
+def _setup(ctx, inputs, output):
+    mask_logits, pairs, members, h, w, _, _, limit = inputs
+    ctx.save_for_backward(output[1], mask_logits, pairs, members)
+    ctx.geometry = h, w, limit
+
+
+def _gradient(ctx, grad, _):
+    result = torch.ops.wsss.max_upsampled_masks_backward(grad, *ctx.saved_tensors, *ctx.geometry)
+    return result, None, None, None, None, None, None, None
+
+
+def _second_gradient(ctx, grad):
+    raise RuntimeError("max_upsampled_masks: the gradient itself is not differentiable")
+
+
+if native_problem("max_upsampled_masks") is None:
+
+    @torch.library.register_fake("wsss::max_upsampled_masks")
+    def _fake(mask_logits, pairs, members, h, w, out_h, out_w, limit):
+        shape = (pairs.shape[0], out_h, out_w)
+        value = mask_logits.new_empty(shape, dtype=checks.accumulate_dtype(mask_logits))
+        return value, mask_logits.new_empty(shape, dtype=torch.int32)
+
+    @torch.library.register_fake("wsss::max_upsampled_masks_backward")
+    def _fake_backward(grad, winner, mask_logits, pairs, members, h, w, limit):
+        return mask_logits.new_empty(mask_logits.shape)
+
+    torch.library.register_autograd("wsss::max_upsampled_masks", _gradient, setup_context=_setup)
+    torch.library.register_autograd("wsss::max_upsampled_masks_backward", _second_gradient)
+
+
+register("max_upsampled_masks", reference=reference.max_upsampled_masks, native=_native)
 
 
 def max_upsampled_masks(

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels import checks
-from kernels.backend import choose, register
+from kernels.backend import choose, native_problem, register
+from kernels.radius_mask.op import disc_limit
 from kernels.select_regions import reference
 
-register("select_regions", reference=reference.select_regions)
+
+@torch.no_grad()
+def _native(
+    mask_logits: Tensor,
+    scores: Tensor,
+    present: Tensor,
+    grid: tuple[int, int],
+    radius: float | None,
+    tau: float,
+    overlap: tuple[float, float],
+    max_seeds: int,
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = (present > 0).nonzero()
+    limit, threshold = disc_limit(radius), math.log(tau / (1 - tau))
+    rest = torch.ops.wsss.select_regions(
+        mask_logits, scores.float(), pairs, *grid, limit, threshold, *overlap, max_seeds, top
+    )
+    return pairs, *rest
+
+
+if native_problem("select_regions") is None:
+
+    @torch.library.register_fake("wsss::select_regions")
+    def _fake(mask_logits, scores, pairs, h, w, limit, threshold, low, high, max_seeds, top):
+        members = scores.new_empty((pairs.shape[0], scores.shape[1]), dtype=torch.bool)
+        return members, scores.new_empty((pairs.shape[0], max_seeds), dtype=torch.int64)
+
+
+register("select_regions", reference=reference.select_regions, native=_native)
 
 
 class RegionSelection(NamedTuple):

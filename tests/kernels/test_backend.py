@@ -29,6 +29,12 @@ def toy(monkeypatch):
     monkeypatch.setattr(backend, "native_problem", lambda op: None)
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """An op with a reference alone."""
+    monkeypatch.setitem(backend._implementations, "plain", {"reference": lambda: "reference"})
+
+
 CPU = torch.device("cpu")
 
 
@@ -70,18 +76,18 @@ def test_named_backend_never_falls_back(toy, monkeypatch):
         backend.choose("toy", CPU, "native")
 
 
-def test_missing_implementation_is_named():
-    with pytest.raises(ValueError, match="radius_mask: backend 'native' cannot run .* available: reference"):
-        kernels.radius_mask(torch.zeros(1, 4, 4), (2, 2), 1.0, backend="native")
+def test_missing_implementation_is_named(plain):
+    with pytest.raises(ValueError, match="plain: backend 'native' cannot run .* available: reference"):
+        backend.choose("plain", CPU, "native")
     with pytest.raises(ValueError, match="backend 'triton'"):
         kernels.par(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2), backend="triton")
 
 
-def test_backends_that_cannot_run_are_found_before_a_call():
+def test_backends_that_cannot_run_are_found_before_a_call(plain):
     kernels.check_backends(CPU)
-    kernels.configure("auto", radius_mask="native")
+    kernels.configure("auto", plain="native")
     try:
-        with pytest.raises(ValueError, match="radius_mask: backend 'native' cannot run"):
+        with pytest.raises(ValueError, match="plain: backend 'native' cannot run"):
             kernels.check_backends(CPU)
     finally:
         kernels.configure()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from wsss_dist.data.batch import Batch
-from wsss_dist.models.token_cache import TokenCache
 from wsss_dist.models.vit import ViT
 
 
@@ -59,9 +58,8 @@ class BaseMethod(nn.Module):
             whole: a copy of the method that has all its weights, where this one does not (ZeRO-3).
         """
         for mine, theirs in zip(self.modules(), (whole or self).modules(), strict=True):
-            if isinstance(theirs, ViT) and theirs.cache is not None:
-                cfg = theirs.cfg
-                theirs.cache = TokenCache(cfg.token_cache, theirs._frozen_state(), str(cfg.pos_antialias))
+            if isinstance(theirs, ViT):
+                theirs.open_cache()
                 mine.cache = theirs.cache
 
     def predict(

@@ -103,9 +103,8 @@ class ViT(nn.Module):
         for name, value in zip(("class_tokens", "class_pos"), start, strict=True):  # [C, D] each
             self.register_parameter(name, nn.Parameter(value.repeat(num_class_tokens, 1)) if num_class_tokens else None)
         self._freeze()
-        self.cache = (
-            TokenCache(cfg.token_cache, self._frozen_state(), str(cfg.pos_antialias)) if cfg.token_cache else None
-        )
+        self.cache: TokenCache | None = None
+        self.open_cache()
 
     @property
     def weights_note(self) -> str | None:
@@ -186,8 +185,11 @@ class ViT(nn.Module):
                     param.requires_grad_(False)
         self.cls_token.requires_grad_(False)
 
-    def _frozen_state(self) -> dict[str, Tensor]:
-        return {n: p for n, p in self.named_parameters() if not p.requires_grad}
+    def open_cache(self) -> None:
+        """Open the token cache of the config, which is kept under a digest of the frozen weights as they are now."""
+        if self.cfg.token_cache:
+            frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad}
+            self.cache = TokenCache(self.cfg.token_cache, frozen, str(self.cfg.pos_antialias))
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = False) -> Tensor:

@@ -5,6 +5,10 @@ scales and the blur of Kraehenbuehl and Koltun's dense CRF, so that results matc
 `filter(values)[i]` approximates sum_j exp(-|f_i - f_j|^2 / 2) values[j], times about 0.5 to 0.6 (the lattice loses that
 share of the mass in 5-D; measured 0.57 on photographs, which symmetric normalisation hides and a raw sum shows).
 
+The blur passes values between neighbouring vertices; what goes to a vertex that no point uses is lost, and with it the
+way round through that vertex. With `ring=True` all neighbours of the used vertices exist as well (ghosts: no point
+splats to them or slices from them), which brings the sums closer to those of the whole, infinite lattice.
+
 Letters: n points, d dimensions, K channels, M lattice vertices in use. Deterministic: sorted keys, ordered sums.
 """
 
@@ -57,29 +61,31 @@ class Lattice:
     """The lattice around one set of points; build once, filter often.
 
     features [n, d] float32 or float64, already divided by the standard deviations, finite.
+    ring     also the neighbours, one step along each of the d + 1 axes, of the vertices in use.
     Raises ValueError when the features span too many cells for float32 or for 63-bit keys (a standard deviation far too
     small: a colour deviation below about 0.3 grey levels).
     """
 
-    def __init__(self, features: Tensor):
+    def __init__(self, features: Tensor, ring: bool = False):
         n, d = features.shape
         if features.abs().amax() > MAX_FEATURE:
             raise ValueError(TOO_SMALL)
         vertex, rank, barycentric = _simplex(features.t().contiguous())
-        strides, step = self._strides(vertex[:d], d)
+        margin = (3 if ring else 2) * (d + 1)  # room for simplex corners, their neighbours, and the neighbours of those
+        strides, step = self._strides(vertex[:d], margin)
         order_stride = torch.zeros_like(rank).scatter_(0, rank, strides[:, None].expand(-1, n).contiguous())
         codes = torch.empty(n, d + 1, dtype=torch.int64, device=features.device)
-        low = vertex[:d].amin(1, keepdim=True) - 2 * (d + 1)
+        low = vertex[:d].amin(1, keepdim=True) - margin
         codes[:, 0] = ((vertex[:d] - low) * strides[:d, None]).sum(0)
         for k in range(1, d + 1):
             codes[:, k] = codes[:, k - 1] + step - (d + 1) * order_stride[d - k + 1]
-        self._index(codes.view(-1), barycentric.t().contiguous(), strides, step)
+        self._index(codes.view(-1), barycentric.t().contiguous(), (d + 1) * strides - step, ring)
         self.num_points, self.num_axes = n, d + 1
 
     @staticmethod
-    def _strides(vertex: Tensor, d: int) -> tuple[Tensor, int]:
-        """Mixed-radix strides [d+1] of the keys (0 for the implied last coordinate), and their sum."""
-        extent = (vertex.amax(1) - vertex.amin(1) + 4 * (d + 1) + 1).tolist()  # room for simplex corners and neighbours
+    def _strides(vertex: Tensor, margin: int) -> tuple[Tensor, int]:
+        """Mixed-radix strides [d+1] of the keys (0 for the implied last coordinate), and their sum; `margin`: room."""
+        extent = (vertex.amax(1) - vertex.amin(1) + 2 * margin + 1).tolist()
         strides, size = [], 1
         for e in extent:
             strides.append(size)
@@ -88,21 +94,23 @@ class Lattice:
             raise ValueError(TOO_SMALL)
         return torch.tensor([*strides, 0], dtype=torch.int64, device=vertex.device), sum(strides)
 
-    def _index(self, codes: Tensor, barycentric: Tensor, strides: Tensor, step: int) -> None:
+    def _index(self, codes: Tensor, barycentric: Tensor, steps: Tensor, ring: bool) -> None:
         """Number the vertices by ascending code; lists for splat and slice; both neighbours along each axis."""
         num_corners = barycentric.shape[1]
         ordered, order = codes.sort(stable=True)
         first = torch.ones_like(ordered, dtype=torch.bool)
         first[1:] = ordered[1:] != ordered[:-1]
-        keys = ordered[first]
+        used = keys = ordered[first]
+        if ring:
+            keys = torch.cat([used, *(used + step for step in steps), *(used - step for step in steps)]).unique()
         self.num_vertices = len(keys)
-        self.corner = torch.empty_like(codes).scatter_(0, order, first.cumsum(0) - 1).view(-1, num_corners)
+        self.used = torch.searchsorted(keys, used)
+        self.corner = torch.empty_like(codes).scatter_(0, order, self.used[first.cumsum(0) - 1]).view(-1, num_corners)
         self.slice_weight = barycentric / (1 + 2.0 ** -(num_corners - 1))
         self.bag_start = first.nonzero().squeeze(1)
         self.bag_point = order // num_corners
         self.splat_weight = barycentric.view(-1)[order]
-        delta = ((num_corners * strides) - step)[:, None]
-        self.neighbours = [self._find(keys, keys + sign * delta) for sign in (1, -1)]
+        self.neighbours = [self._find(keys, keys + sign * steps[:, None]) for sign in (1, -1)]
 
     def _find(self, keys: Tensor, wanted: Tensor) -> Tensor:
         """Vertex of each wanted key [axes, M], or M, the row of zeros, where it is not in use."""
@@ -121,7 +129,7 @@ class Lattice:
         """values [n, K] -> [n, K]; same dtype as the features."""
         m = self.num_vertices
         table = values.new_zeros(m + 1, values.shape[1])  # last row stays zero: the absent neighbour
-        table[:m] = F.embedding_bag(
+        table[self.used] = F.embedding_bag(
             self.bag_point, values, self.bag_start, mode="sum", per_sample_weights=self.splat_weight
         )
         for axis in range(self.num_axes):

@@ -7,11 +7,14 @@
 
 namespace wsss {
 
+enum class Mode { fast, ring, exact };
+
 struct DenseCrfParams {
   float spatial_sigma, spatial_weight;
   float sigma_xy, sigma_rgb, weight;
   int64_t iterations;
   float prune;
+  Mode mode;
 };
 
 // Run of pixels: `count` of them, class maps at offset `plane_at` from the start of a plane.

@@ -6,13 +6,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "dense_crf/dense_crf.h"
-#include "lattice/lattice.h"
+#include "dense_crf/messages.h"
 
 namespace wsss {
 namespace {
@@ -33,20 +35,11 @@ struct Frame {
   }
 };
 
-// One kernel of the sum: a normalised lattice and its table of values.
-struct Message {
-  const Lattice* lattice;
-  float weight;
-  Buffer<float> table, next;
-
-  float factor() const { return weight * lattice->slice_factor(); }
-};
-
 constexpr int64_t kGrain = 16 * kCrfChunk;  // pixels per task
 
 class MeanField {
  public:
-  MeanField(const Frame& frame, const float* unary, float* out, std::vector<Message>& messages)
+  MeanField(const Frame& frame, const float* unary, float* out, Messages& messages)
       : frame_(frame), pixels_(frame.h * frame.w), unary_(unary), out_(out), messages_(messages) {}
 
   // Sorts the classes into live ones and those whose message stays below `prune`.
@@ -74,16 +67,11 @@ class MeanField {
       });
     });
     if (messages_.empty()) iterations = 0;
-    const bool alone = at::in_parallel_region() || at::get_num_threads() == 1;
-    for (auto& m : messages_) {
-      m.table = Buffer<float>(m.lattice->table_size(width_));
-      if (alone) m.next = Buffer<float>(m.lattice->table_size(width_));
-    }
-    if (!alone && iterations > 0) q_ = Buffer<float>(pixels_ * width_);
-    for (int64_t step = 0; step < iterations; ++step) {
-      alone ? sweep_alone(step) : sweep_shared(step);
-      for (auto& m : messages_) m.lattice->blur(m.table.get(), width_);
-    }
+    bool piecewise = at::in_parallel_region() || at::get_num_threads() == 1;
+    for (const auto& m : messages_) piecewise = piecewise && m->piecewise();
+    for (auto& m : messages_) m->resize(width_, piecewise);
+    if (!piecewise && iterations > 0) q_ = Buffer<float>(pixels_ * width_);
+    for (int64_t step = 0; step < iterations; ++step) piecewise ? sweep_alone(step) : sweep_shared(step);
     at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
       Buffer<float> rows(kCrfChunk * width_);
       float top[kCrfChunk], inverse[kCrfChunk];
@@ -100,17 +88,14 @@ class MeanField {
   float largest_reach() const {
     Buffer<float> total(pixels_);
     std::fill(total.get(), total.get() + pixels_, 1.0f);
-    std::vector<Buffer<float>> tables;
-    for (const auto& m : messages_) {
-      tables.emplace_back(m.lattice->table_size(1));
-      m.lattice->splat(total.get(), 1, tables.back().get());
-      m.lattice->blur(tables.back().get(), 1);
+    for (auto& m : messages_) {
+      m->resize(1, false);
+      m->take(total.get());
     }
     std::fill(total.get(), total.get() + pixels_, 0.0f);
-    for (size_t k = 0; k < tables.size(); ++k) {
+    for (const auto& m : messages_) {
       at::parallel_for(0, pixels_, kGrain, [&](int64_t begin, int64_t end) {
-        messages_[k].lattice->slice(tables[k].get(), 1, messages_[k].factor(), begin, end, total.get() + begin,
-                                    total.get() + begin);
+        m->add(begin, end, total.get() + begin, total.get() + begin);
       });
     }
     return *std::max_element(total.get(), total.get() + pixels_);
@@ -134,8 +119,7 @@ class MeanField {
     const float* start = start_.get() + i * width_;
     if (step == 0) std::copy(start, start + count * width_, rows);
     for (size_t k = 0; step > 0 && k < messages_.size(); ++k) {
-      const auto& m = messages_[k];
-      m.lattice->slice(m.table.get(), width_, m.factor(), i, i + count, k == 0 ? start : rows, rows);
+      messages_[k]->add(i, i + count, k == 0 ? start : rows, rows);
     }
     const bool all = dropped_.empty();
     crf_softmax(rows, count, width_, all ? nullptr : base_.get() + i, all ? nullptr : rest_.get() + i, top, inverse);
@@ -144,13 +128,13 @@ class MeanField {
   void sweep_alone(int64_t step) {
     Buffer<float> rows(kCrfChunk * width_);
     float top[kCrfChunk], inverse[kCrfChunk];
-    for (auto& m : messages_) std::fill(m.next.get(), m.next.get() + m.lattice->table_size(width_), 0.0f);
+    for (auto& m : messages_) m->begin_pieces();
     for (int64_t i = 0; i < pixels_; i += kCrfChunk) {
       const int64_t count = std::min(kCrfChunk, pixels_ - i);
       marginals(step, i, count, rows.get(), top, inverse);
-      for (auto& m : messages_) m.lattice->splat_some(rows.get(), width_, i, i + count, m.next.get());
+      for (auto& m : messages_) m->take_piece(i, i + count, rows.get());
     }
-    for (auto& m : messages_) std::swap(m.table, m.next);
+    for (auto& m : messages_) m->end_pieces();
   }
 
   void sweep_shared(int64_t step) {
@@ -160,37 +144,63 @@ class MeanField {
         marginals(step, i, std::min(kCrfChunk, end - i), q_.get() + i * width_, top, inverse);
       }
     });
-    for (auto& m : messages_) m.lattice->splat(q_.get(), width_, m.table.get());
+    for (auto& m : messages_) m->take(q_.get());
   }
 
   Frame frame_;
   int64_t pixels_, width_ = 0;
   const float* unary_;
   float* out_;
-  std::vector<Message>& messages_;
+  Messages& messages_;
   std::vector<int64_t> live_, dropped_;
   Buffer<float> start_, base_, rest_, q_;  // -U in rows; the dropped classes; Q in rows
 };
 
-void one_image(const Frame& frame, const float* unary, const float* image, float* out, const Lattice* spatial,
+// The spatial kernel of one size of image, the same for all images of that size.
+struct Spatial {
+  std::shared_ptr<const Lattice> lattice;  // in fast mode
+  std::shared_ptr<const GridGaussian> grid;
+
+  Spatial(int64_t h, int64_t w, float sigma, Mode mode) {
+    if (mode != Mode::fast) {
+      grid = std::make_shared<GridGaussian>(h, w, sigma);
+    } else {
+      lattice = normalised<Lattice>(pixel_features(nullptr, h, w, 0, 0, sigma, 1.0f), h * w, 2);
+    }
+  }
+  std::unique_ptr<Message> message(float weight) const {
+    if (grid != nullptr) return std::make_unique<GridMessage>(grid, weight);
+    return std::make_unique<LatticeMessage>(lattice, weight);
+  }
+};
+
+void one_image(const Frame& frame, const float* unary, const float* image, float* out, const Spatial* spatial,
                const DenseCrfParams& p) {
-  std::vector<Message> messages;
-  if (spatial != nullptr) messages.push_back({spatial, p.spatial_weight, {}, {}});
-  std::optional<Lattice> bilateral;
-  if (p.weight > 0) {
-    bilateral.emplace(pixel_features(image, frame.h, frame.w, frame.stride, frame.plane, p.sigma_xy, p.sigma_rgb),
-                      frame.h * frame.w, 5);
-    bilateral->normalise();
-    messages.push_back({&*bilateral, p.weight, {}, {}});
+  Messages messages;
+  if (spatial != nullptr) messages.push_back(spatial->message(p.spatial_weight));
+  const int64_t h = frame.h, w = frame.w;
+  if (p.weight > 0 && p.mode == Mode::exact) {
+    auto sums = normalised<PixelGaussian>(image, h, w, frame.stride, frame.plane, p.sigma_xy, p.sigma_rgb);
+    messages.push_back(std::make_unique<PixelMessage>(std::move(sums), h * w, p.weight));
+  } else if (p.weight > 0) {
+    const auto features = pixel_features(image, h, w, frame.stride, frame.plane, p.sigma_xy, p.sigma_rgb);
+    auto lattice = normalised<Lattice>(features, h * w, 5, p.mode == Mode::ring);
+    messages.push_back(std::make_unique<LatticeMessage>(std::move(lattice), p.weight));
   }
   MeanField field(frame, unary, out, messages);
   field.choose_live(p.prune);
   field.run(p.iterations);
 }
 
+Mode mode_of(c10::string_view name) {
+  TORCH_CHECK_VALUE(name == "fast" || name == "ring" || name == "exact",
+                    "dense_crf: mode must be fast, ring or exact, got ", name);
+  return name == "fast" ? Mode::fast : name == "ring" ? Mode::ring : Mode::exact;
+}
+
 at::Tensor dense_crf_cpu(const at::Tensor& unary, const at::Tensor& image, double spatial_sigma, double spatial_weight,
                          double sigma_xy, double sigma_rgb, double weight, int64_t iterations, double prune,
-                         at::IntArrayRef sizes) {
+                         at::IntArrayRef sizes, c10::string_view mode) {
   check_float32(unary, 4, "dense_crf", "unary");
   check_float32(image, 4, "dense_crf", "image");
   const int64_t batch = unary.size(0), classes = unary.size(1), h = unary.size(2), w = unary.size(3);
@@ -211,17 +221,14 @@ at::Tensor dense_crf_cpu(const at::Tensor& unary, const at::Tensor& image, doubl
   const DenseCrfParams params{static_cast<float>(spatial_sigma), static_cast<float>(spatial_weight),
                               static_cast<float>(sigma_xy),      static_cast<float>(sigma_rgb),
                               static_cast<float>(weight),        iterations,
-                              static_cast<float>(prune)};
+                              static_cast<float>(prune),     mode_of(mode)};
   const auto size_of = [&](int64_t b) {
     return sizes.empty() ? std::pair(h, w) : std::pair(sizes[2 * b], sizes[2 * b + 1]);
   };
-  std::map<std::pair<int64_t, int64_t>, Lattice> spatial;  // one per size of the batch
+  std::map<std::pair<int64_t, int64_t>, Spatial> spatial;  // one per size of the batch
   for (int64_t b = 0; b < batch && spatial_weight > 0; ++b) {
     const auto [own_h, own_w] = size_of(b);
-    if (own_h * own_w == 0 || spatial.count({own_h, own_w})) continue;
-    Lattice lattice(pixel_features(nullptr, own_h, own_w, 0, 0, params.spatial_sigma, 1.0f), own_h * own_w, 2);
-    lattice.normalise();
-    spatial.emplace(std::pair(own_h, own_w), std::move(lattice));
+    if (own_h * own_w > 0) spatial.try_emplace({own_h, own_w}, own_h, own_w, params.spatial_sigma, params.mode);
   }
   const float* from = energies.const_data_ptr<float>();
   const float* from_image = colours.const_data_ptr<float>();
@@ -242,7 +249,7 @@ at::Tensor dense_crf_cpu(const at::Tensor& unary, const at::Tensor& image, doubl
 TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def(
       "dense_crf(Tensor unary, Tensor image, float spatial_sigma, float spatial_weight, float sigma_xy, "
-      "float sigma_rgb, float weight, int iterations, float prune, int[] sizes) -> Tensor",
+      "float sigma_rgb, float weight, int iterations, float prune, int[] sizes, str mode='fast') -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

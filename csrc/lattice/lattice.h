@@ -45,15 +45,16 @@ class Buffer {
 };
 
 struct LatticeEntry {
-  int32_t point, vertex;
+  int32_t point;
   float weight;
 };
 
 class Lattice {
  public:
   // features: d planes of padded_points(n) floats, finite, divided by the standard deviations; d is 2 or 5.
+  // `ring`: with the neighbours of the vertices in use as further vertices.
   // Throws c10::ValueError when they span too many cells.
-  Lattice(const Buffer<float>& features, int64_t n, int d);
+  Lattice(const Buffer<float>& features, int64_t n, int d, bool ring = false);
   static int64_t padded_points(int64_t n) { return (n + 7) / 8 * 8; }
 
   // Turns the filter into n_i K_ij n_j with n = (K 1 + 1e-20)^-1/2.
@@ -76,14 +77,17 @@ class Lattice {
 
  private:
   template <int D>
-  void index(const int32_t* vertex, const uint32_t* rank, const int32_t* low, const int32_t* high);
-  void share_out();
+  void index(const int32_t* vertex, const uint32_t* rank, const int32_t* low, const int32_t* high, bool ring);
+  void list_entries();
+  void over_vertices(const std::function<void(int64_t, int64_t)>& run, int parts) const;
 
   Buffer<int32_t> corner_;  // [n, d+1]
   Buffer<float> weight_;    // [n, d+1] barycentric, times the norm of the point once normalised
   // Per axis the lines of neighbours with two or more vertices; the last vertex v of a line is written ~v.
   std::vector<std::vector<int32_t>> lines_;
-  std::vector<std::vector<LatticeEntry>> shares_;  // entries in the order of the points, one range of vertices each
+  // The points of each vertex, only where several threads share the vertices.
+  Buffer<int32_t> first_entry_;   // [M+1]
+  Buffer<LatticeEntry> entries_;  // [n * (d+1)]
 };
 
 // Calls run(b) for each image: whole images to the threads as long as every thread gets one, then one image at a time.
@@ -101,7 +105,9 @@ bool lattice_simplex(const float* features, int64_t n, int d, int64_t begin, int
                      uint32_t* rank, float* weight, int32_t* low, int32_t* high);
 void lattice_splat_rows(const int32_t* corner, const float* weight, int corners, int64_t n, const float* rows,
                         int64_t width, float* table);
-void lattice_splat_entries(const LatticeEntry* entries, int64_t n, const float* rows, int64_t width, float* table);
+// table [n, width] = the sums of the entries first_entry[v] .. first_entry[v + 1] of each vertex.
+void lattice_gather_entries(const int32_t* first_entry, const LatticeEntry* entries, int64_t n, const float* rows,
+                            int64_t width, float* table);
 void lattice_blur_lines(const int32_t* lines, int64_t n, int64_t width, float* table);
 void lattice_slice_rows(const int32_t* corner, const float* weight, int corners, int64_t n, const float* table,
                         int64_t width, float factor, const float* base, float* rows);

@@ -10,100 +10,32 @@
 #include <cmath>
 #include <mutex>
 
+#include "lattice/vertex_table.h"
+
 namespace wsss {
 namespace {
 
 constexpr int64_t kPixelGrain = 4096;  // points per task of a parallel loop; a multiple of 8
-constexpr int kAhead = 16;             // points or vertices whose table slots are fetched together
 
-// Key -> number of the vertex in the order of first insertion. Open addressing, at most half full.
-class VertexTable {
- public:
-  explicit VertexTable(int64_t expected) {
-    while ((int64_t{1} << bits_) < 2 * expected) ++bits_;
-    slots_.assign(int64_t{1} << bits_, {0, -1});
-  }
-  void prefetch(int64_t key) const { __builtin_prefetch(&slots_[home(key)]); }
-  int32_t find(int64_t key) const { return slots_[probe(key)].id; }
-  int32_t insert(int64_t key) {
-    Slot& slot = slots_[probe(key)];
-    if (slot.id >= 0) return slot.id;
-    const auto id = static_cast<int32_t>(keys.size());
-    slot = {key, id};
-    keys.push_back(key);
-    if (2 * keys.size() > slots_.size()) grow();
-    return id;
-  }
-  std::vector<int64_t> keys;
-
- private:
-  struct Slot {
-    int64_t key;
-    int32_t id;  // -1: empty
-  };
-  uint64_t home(int64_t key) const { return (static_cast<uint64_t>(key) * 0x9E3779B97F4A7C15u) >> (64 - bits_); }
-  uint64_t probe(int64_t key) const {
-    uint64_t at = home(key);
-    while (slots_[at].id >= 0 && slots_[at].key != key) at = (at + 1) & (slots_.size() - 1);
-    return at;
-  }
-  void grow() {
-    bits_ += 2;
-    slots_.assign(int64_t{1} << bits_, {0, -1});
-    for (size_t id = 0; id < keys.size(); ++id) slots_[probe(keys[id])] = {keys[id], static_cast<int32_t>(id)};
-  }
-  int bits_ = 10;
-  std::vector<Slot> slots_;
-};
-
-// Mixed-radix strides of the keys with room for the corners of the simplices and their neighbours; 0 for the implied
-// last coordinate.
-std::array<int64_t, kMaxCorners> key_strides(const int32_t* low, const int32_t* high, int d) {
+// Mixed-radix strides of the keys with room for `margin` vertices beyond the lowest and the highest coordinate; 0 for
+// the implied last coordinate.
+std::array<int64_t, kMaxCorners> key_strides(const int32_t* low, const int32_t* high, int d, int margin) {
   std::array<int64_t, kMaxCorners> strides{};
   int64_t size = 1;
   for (int i = 0; i < d; ++i) {
     strides[i] = size;
-    const bool fits = !__builtin_mul_overflow(size, int64_t{high[i]} - low[i] + 4 * (d + 1) + 1, &size);
+    const bool fits = !__builtin_mul_overflow(size, int64_t{high[i]} - low[i] + 2 * margin * (d + 1) + 1, &size);
     TORCH_CHECK_VALUE(fits, kLatticeTooSmall);
   }
   return strides;
 }
 
-// Number of the vertex one step along the axis, or -1; then the lines of such steps.
-std::vector<int32_t> find_lines(const VertexTable& table, int64_t step) {
-  const auto m = static_cast<int64_t>(table.keys.size());
-  Buffer<int32_t> next(m);
-  std::vector<uint8_t> has_previous(m, 0);
-  int64_t links = 0, heads = 0;
-  for (int64_t begin = 0; begin < m; begin += kAhead) {
-    const int64_t end = std::min(m, begin + kAhead);
-    for (int64_t v = begin; v < end; ++v) table.prefetch(table.keys[v] + step);
-    for (int64_t v = begin; v < end; ++v) {
-      next[v] = table.find(table.keys[v] + step);
-      if (next[v] >= 0) {
-        has_previous[next[v]] = 1;
-        ++links;
-      }
-    }
-  }
-  for (int64_t v = 0; v < m; ++v) heads += next[v] >= 0 && !has_previous[v];
-  std::vector<int32_t> lines;
-  lines.reserve(links + heads);
-  for (int64_t head = 0; head < m; ++head) {
-    if (next[head] < 0 || has_previous[head]) continue;
-    auto v = static_cast<int32_t>(head);
-    for (; next[v] >= 0; v = next[v]) lines.push_back(v);
-    lines.push_back(~v);
-  }
-  return lines;
-}
-
-int num_shares() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 }  // namespace
 
 void over_images(int64_t batch, const std::function<void(int64_t)>& run) {
-  const int64_t threads = num_shares(), whole = threads > 1 ? batch / threads * threads : 0;
+  const int64_t threads = num_threads(), whole = threads > 1 ? batch / threads * threads : 0;
   at::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) run(b);
   });
@@ -132,8 +64,9 @@ Buffer<float> pixel_features(const float* image, int64_t h, int64_t w, int64_t s
   return features;
 }
 
-Lattice::Lattice(const Buffer<float>& features, int64_t n, int d) : num_points(n), num_corners(d + 1) {
-  TORCH_CHECK_VALUE(n > 0 && n < INT32_MAX / kMaxCorners, "lattice: too many points, got ", n);
+Lattice::Lattice(const Buffer<float>& features, int64_t n, int d, bool ring) : num_points(n), num_corners(d + 1) {
+  const int vertices = ring ? kMaxCorners * (2 * kMaxCorners + 1) : kMaxCorners;  // at most, for each point
+  TORCH_CHECK_VALUE(n > 0 && n < INT32_MAX / vertices, "lattice: too many points, got ", n);
   const int64_t padded = padded_points(n);
   Buffer<int32_t> vertex(d * padded);
   Buffer<uint32_t> rank(padded);
@@ -159,27 +92,28 @@ Lattice::Lattice(const Buffer<float>& features, int64_t n, int d) : num_points(n
     }
   });
   TORCH_CHECK_VALUE(fine, kLatticeTooSmall);
-  d == 2 ? index<2>(vertex.get(), rank.get(), low, high) : index<5>(vertex.get(), rank.get(), low, high);
-  if (num_shares() > 1) share_out();
+  d == 2 ? index<2>(vertex.get(), rank.get(), low, high, ring) : index<5>(vertex.get(), rank.get(), low, high, ring);
+  if (num_threads() > 1) list_entries();
 }
 
 template <int D>
-void Lattice::index(const int32_t* vertex, const uint32_t* rank, const int32_t* low, const int32_t* high) {
+void Lattice::index(const int32_t* vertex, const uint32_t* rank, const int32_t* low, const int32_t* high, bool ring) {
   const int64_t padded = padded_points(num_points);
-  const auto strides = key_strides(low, high, D);
+  const int margin = ring ? 3 : 2;  // corners, their neighbours, the neighbours of those
+  const auto strides = key_strides(low, high, D, margin);
   int64_t step = 0, origin = 0;
   for (int i = 0; i < D; ++i) {
     step += strides[i];
-    origin += (low[i] - 2 * num_corners) * strides[i];
+    origin += (low[i] - margin * num_corners) * strides[i];
   }
   VertexTable table(num_points / 16);
-  int64_t codes[kAhead][kMaxCorners];
+  int64_t codes[kFetchAhead][kMaxCorners];
   int64_t last_code[kMaxCorners], previous_code = -1;
   int32_t last_id[kMaxCorners];
   uint32_t previous_rank = 0;
   std::fill(last_code, last_code + kMaxCorners, -1);
-  for (int64_t begin = 0; begin < num_points; begin += kAhead) {
-    const int64_t end = std::min(num_points, begin + kAhead);
+  for (int64_t begin = 0; begin < num_points; begin += kFetchAhead) {
+    const int64_t end = std::min(num_points, begin + kFetchAhead);
     for (int64_t i = begin; i < end; ++i) {
       int64_t* code = codes[i - begin];
       code[0] = -origin;
@@ -205,58 +139,63 @@ void Lattice::index(const int32_t* vertex, const uint32_t* rank, const int32_t* 
       std::copy(last_id, last_id + D + 1, corner_.get() + i * (D + 1));
     }
   }
+  std::vector<int64_t> steps;
+  for (const int64_t stride : strides) steps.push_back(num_corners * stride - step);
+  steps.resize(num_corners);
+  if (ring) table.insert_ring(steps);
   num_vertices = static_cast<int64_t>(table.keys.size());
   lines_.resize(num_corners);
   at::parallel_for(0, num_corners, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t axis = begin; axis < end; ++axis) lines_[axis] = find_lines(table, num_corners * strides[axis] - step);
+    for (int64_t axis = begin; axis < end; ++axis) lines_[axis] = table.lines(steps[axis]);
   });
 }
 
-// One share per thread: a range of vertices and the entries that go to it. The ranges only balance the work.
-void Lattice::share_out() {
-  constexpr int64_t kEvery = 8;  // every so many points are counted
-  const int threads = num_shares();
-  std::vector<int32_t> load(num_vertices, 0);
-  int64_t total = 0;
-  for (int64_t i = 0; i < num_points; i += kEvery) {
-    for (int k = 0; k < num_corners; ++k, ++total) ++load[corner_[i * num_corners + k]];
-  }
-  std::vector<int64_t> bound{0};
-  int64_t sum = 0;
-  for (int64_t v = 0; v < num_vertices; ++v) {
-    if (sum * threads >= total * static_cast<int64_t>(bound.size())) bound.push_back(v);
-    sum += load[v];
-  }
-  bound.resize(threads + 1, num_vertices);
-  bound.back() = num_vertices;
-  shares_.resize(threads);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      shares_[t].reserve(num_points * num_corners / threads + num_points / 2);
-      for (int64_t i = 0; i < num_points; ++i) {
-        for (int k = 0; k < num_corners; ++k) {
-          const int32_t v = corner_[i * num_corners + k];
-          if (v < bound[t] || v >= bound[t + 1]) continue;
-          shares_[t].push_back({static_cast<int32_t>(i), v, weight_[i * num_corners + k]});
-        }
+// The points of each vertex in ascending order, so that threads can share the vertices out and sum as one would.
+void Lattice::list_entries() {
+  const int64_t total = num_points * num_corners;
+  first_entry_ = Buffer<int32_t>(num_vertices + 1);
+  entries_ = Buffer<LatticeEntry>(total);
+  std::fill(first_entry_.get(), first_entry_.get() + num_vertices + 1, 0);
+  for (int64_t i = 0; i < total; ++i) ++first_entry_[corner_[i] + 1];
+  for (int64_t v = 0; v < num_vertices; ++v) first_entry_[v + 1] += first_entry_[v];
+  over_vertices([&](int64_t first, int64_t last) {
+    std::vector<int32_t> next(first_entry_.get() + first, first_entry_.get() + last);
+    for (int64_t i = 0; i < num_points; ++i) {
+      for (int k = 0; k < num_corners; ++k) {
+        const int64_t v = corner_[i * num_corners + k];
+        if (v < first || v >= last) continue;
+        entries_[next[v - first]++] = {static_cast<int32_t>(i), weight_[i * num_corners + k]};
       }
     }
+  }, 1);
+}
+
+// Calls run(first, last) for ranges of vertices with about the same work, `parts` to a thread.
+void Lattice::over_vertices(const std::function<void(int64_t, int64_t)>& run, int parts) const {
+  const int64_t tasks = int64_t{parts} * num_threads(), work = num_points * num_corners + num_vertices;
+  const auto start = [&](int64_t task) {  // the first vertex with so much work before it
+    int64_t low = 0, high = num_vertices;
+    while (low < high) {
+      const int64_t v = (low + high) / 2;
+      (first_entry_[v] + v) * tasks < work * task ? low = v + 1 : high = v;
+    }
+    return low;
+  };
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) run(start(task), start(task + 1));
   });
 }
 
 void Lattice::splat(const float* rows, int64_t width, float* table) const {
-  if (shares_.empty()) {
+  if (entries_.get() == nullptr) {
     std::fill(table, table + table_size(width), 0.0f);
     splat_some(rows, width, 0, num_points, table);
     return;
   }
-  at::parallel_for(0, table_size(width), 1 << 16,
-                   [&](int64_t begin, int64_t end) { std::fill(table + begin, table + end, 0.0f); });
-  at::parallel_for(0, shares_.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      lattice_splat_entries(shares_[t].data(), shares_[t].size(), rows, width, table);
-    }
-  });
+  over_vertices([&](int64_t first, int64_t last) {
+    lattice_gather_entries(first_entry_.get() + first, entries_.get(), last - first, rows, width,
+                           table + first * width);
+  }, 4);
 }
 
 void Lattice::splat_some(const float* rows, int64_t width, int64_t begin, int64_t end, float* table) const {
@@ -298,10 +237,9 @@ void Lattice::normalise() {
       for (int k = 0; k < num_corners; ++k) weight_[i * num_corners + k] *= norm[i];
     }
   });
-  at::parallel_for(0, shares_.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (auto& entry : shares_[t]) entry.weight *= norm[entry.point];
-    }
+  if (entries_.get() == nullptr) return;
+  at::parallel_for(0, num_points * num_corners, kPixelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) entries_[i].weight *= norm[entries_[i].point];
   });
 }
 

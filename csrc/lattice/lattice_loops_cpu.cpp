@@ -119,16 +119,20 @@ void lattice_splat_rows(const int32_t* corner, const float* weight, int corners,
 }
 
 WSSS_CLONES
-void lattice_splat_entries(const LatticeEntry* entries, int64_t n, const float* rows, int64_t width, float* table) {
+void lattice_gather_entries(const int32_t* first_entry, const LatticeEntry* entries, int64_t n, const float* rows,
+                            int64_t width, float* table) {
   for_blocks(width, [&]<class V, int NV>(int64_t c) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float* from = rows + entries[i].point * width + c;
-      float* to = table + entries[i].vertex * width + c;
-      for (int v = 0; v < NV; ++v) {
-        V sum = load<V>(to + v * lanes_of<V>);
-        sum += load<V>(from + v * lanes_of<V>) * entries[i].weight;
-        store(to + v * lanes_of<V>, sum);
+    const int64_t end = first_entry[n];
+    for (int64_t v = 0; v < n; ++v) {
+      V sum[NV] = {};
+      for (int64_t e = first_entry[v]; e < first_entry[v + 1]; ++e) {
+        const float* later = rows + entries[e + kAhead < end ? e + kAhead : e].point * width + c;
+        __builtin_prefetch(later);
+        if (NV > 2) __builtin_prefetch(later + 16);
+        const float* from = rows + entries[e].point * width + c;
+        for (int k = 0; k < NV; ++k) sum[k] += load<V>(from + k * lanes_of<V>) * entries[e].weight;
       }
+      for (int k = 0; k < NV; ++k) store<V>(table + v * width + c + k * lanes_of<V>, sum[k]);
     }
   });
 }

@@ -1,36 +1,49 @@
 """Benchmark cases of dense_crf: 10 iterations at the settings of pydensecrf's examples, `few` with prune = 1e-3.
 
-`python -m kernels.dense_crf.bench` times one thread against pydensecrf, where that is installed.
+`python -m kernels.dense_crf.bench [case ...]` compares mode="fast" with pydensecrf, where that is installed: process
+time of one thread, in turn; wall time with one and two threads; growth of the largest resident size, each in a process
+of its own.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from kernels.dense_crf.op import dense_crf
 
-# name: (K, H, W, classes alive)
+# name: (B, K, H, W, classes alive)
 SHAPES = {
-    "21x500x375-all": (21, 500, 375, 21),
-    "21x500x375-few": (21, 500, 375, 3),
-    "51x224x224-few": (51, 224, 224, 3),
+    "21x500x375-all": (1, 21, 500, 375, 21),
+    "21x500x375-few": (1, 21, 500, 375, 3),
+    "51x224x224-few": (1, 51, 224, 224, 3),
+    "81x640x480-all": (1, 81, 640, 480, 81),
+    "81x640x480-few": (1, 81, 640, 480, 4),
+    "8x21x375x500-few": (8, 21, 375, 500, 3),
 }
 TOLERANCE = 1e-3  # against fp64 without pruning; at ties of the lattice cells fp32 may take the other cell
+ITERATIONS = 10
+SETTINGS = ((80.0, 13.0, 10.0), (50.0, 5.0, 10.0))
 ROUNDS = 5
 
 
 def inputs(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Unary, image and prune: coarse fields plus noise; classes that are not alive stay near 1e-5."""
-    k, h, w, alive = SHAPES[name]
+    b, k, h, w, alive = SHAPES[name]
     make = torch.Generator().manual_seed(0)
-    coarse = F.interpolate(torch.rand(1, 3, 6, 8, generator=make), (h, w), mode="bilinear") * 200
-    fine = F.interpolate(torch.rand(1, 3, h // 4, w // 4, generator=make), (h, w), mode="bilinear") * 40
-    image = (coarse + fine + 10 * torch.rand(1, 3, h, w, generator=make)).round().to(torch.uint8)
-    scores = 3 * F.interpolate(torch.randn(1, k, 9, 11, generator=make), (h, w), mode="bilinear")
+    coarse = F.interpolate(torch.rand(b, 3, 6, 8, generator=make), (h, w), mode="bilinear") * 200
+    fine = F.interpolate(torch.rand(b, 3, h // 4, w // 4, generator=make), (h, w), mode="bilinear") * 40
+    image = (coarse + fine + 10 * torch.rand(b, 3, h, w, generator=make)).round().to(torch.uint8)
+    scores = 3 * F.interpolate(torch.randn(b, k, 9, 11, generator=make), (h, w), mode="bilinear")
     scores[:, alive:] -= 25
     unary = -scores.softmax(1).clamp_min(1e-5).log()
     return unary.to(device), image.to(device), 0.0 if alive == k else 1e-3
@@ -39,48 +52,109 @@ def inputs(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor,
 def check(name: str, device: torch.device, backend: str) -> float:
     """Largest difference from the reference in fp64 without pruning."""
     unary, image, prune = inputs(name, device)
-    want = dense_crf(unary.double(), image, backend="reference")
-    return (dense_crf(unary, image, prune=prune, backend=backend) - want).abs().max().item()
+    want = dense_crf(unary.double(), image, iterations=ITERATIONS, backend="reference")
+    return (dense_crf(unary, image, iterations=ITERATIONS, prune=prune, backend=backend) - want).abs().max().item()
 
 
-def run(name: str, device: torch.device, backend: str):
+def run(
+    name: str, device: torch.device, backend: str, bilateral: tuple[float, float, float] = SETTINGS[0]
+) -> Callable[[], torch.Tensor]:
     """A function without arguments that runs the op once."""
     unary, image, prune = inputs(name, device)
-    return lambda: dense_crf(unary, image, prune=prune, backend=backend)
+    return lambda: dense_crf(unary, image, bilateral=bilateral, iterations=ITERATIONS, prune=prune, backend=backend)
 
 
-def against_pydensecrf(name: str, bilateral: tuple[float, float, float]) -> str:
-    """Median CPU times of one thread, in turn, and the share of labels that differ."""
+def peers(
+    name: str, device: torch.device, bilateral: tuple[float, float, float] = SETTINGS[0]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Functions without arguments that do the same by other packages, those installed alone."""
+    if device.type != "cpu" or importlib.util.find_spec("pydensecrf") is None:
+        return {}
     import numpy as np
     import pydensecrf.densecrf as peer
 
-    unary, image, prune = inputs(name, torch.device("cpu"))
-    k, h, w, _ = SHAPES[name]
-    energies, pixels = unary[0].reshape(k, -1).numpy(), image[0].permute(1, 2, 0).contiguous().numpy()
+    unary, image, _ = inputs(name, device)
+    b, k, h, w, _ = SHAPES[name]
+    energies = unary.reshape(b, k, -1).numpy()
+    pixels = image.permute(0, 2, 3, 1).contiguous().numpy()
 
-    def theirs():
+    def one(n: int) -> torch.Tensor:
         field = peer.DenseCRF2D(w, h, k)
-        field.setUnaryEnergy(energies)
+        field.setUnaryEnergy(energies[n])
         field.addPairwiseGaussian(sxy=3, compat=3)
-        field.addPairwiseBilateral(sxy=bilateral[0], srgb=bilateral[1], rgbim=pixels, compat=bilateral[2])
-        return torch.from_numpy(np.asarray(field.inference(10))).reshape(k, h, w)
+        field.addPairwiseBilateral(sxy=bilateral[0], srgb=bilateral[1], rgbim=pixels[n], compat=bilateral[2])
+        return torch.from_numpy(np.asarray(field.inference(ITERATIONS))).reshape(k, h, w)
 
-    def ours():
-        return dense_crf(unary, image, bilateral=bilateral, prune=prune, backend="native")[0]
+    return {"pydensecrf": lambda: torch.stack([one(n) for n in range(b)])}
 
-    differ = (ours().argmax(0) != theirs().argmax(0)).float().mean().item()
-    times = {ours: [], theirs: []}
+
+def cost(name: str) -> tuple[int, int]:
+    """(bytes, flops) that cannot be avoided: unary and image in, Q out; per iteration, pixel and live class the splat
+    and slice of 3 + 6 corners, two operations each, and 10 for the softmax. The blur varies with the image: left out.
+    """
+    b, k, h, w, alive = SHAPES[name]
+    pixels = b * h * w
+    return 4 * pixels * (2 * k + 3), ITERATIONS * pixels * alive * (2 * 2 * (3 + 6) + 10)
+
+
+def in_turn(functions: dict[str, Callable], clock: Callable[[], float]) -> dict[str, float]:
+    """Median milliseconds of each."""
+    times = {name: [] for name in functions}
     for turn in range(ROUNDS):
-        for function in list(times)[:: 1 if turn % 2 == 0 else -1]:
-            start = time.process_time()
-            function()
-            times[function].append(1e3 * (time.process_time() - start))
-    a, b = (statistics.median(t) for t in times.values())
-    return f"{a:.0f} ms, pydensecrf {b:.0f} ms, {b / a:.1f}x; labels that differ: {100 * differ:.4f} %"
+        for name in list(functions)[:: 1 if turn % 2 == 0 else -1]:
+            start = clock()
+            functions[name]()
+            times[name].append(1e3 * (clock() - start))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def with_threads(count: int, function: Callable) -> Callable:
+    def call() -> None:
+        torch.set_num_threads(count)
+        function()
+        torch.set_num_threads(1)
+
+    return call
+
+
+def peak(name: str, who: str) -> float:
+    """Growth of the largest resident size in MiB, in this process."""
+    cpu = torch.device("cpu")
+    functions = peers(name, cpu) | {"native": run(name, cpu, "native")}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    functions[who]()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def peak_elsewhere(name: str, who: str) -> float:
+    """The same in a new process."""
+    command = [sys.executable, "-m", "kernels.dense_crf.bench", "--peak", who, name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # noqa: S603
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.dense_crf.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("case", nargs="*", help=f"any of: {', '.join(SHAPES)}; default: all")
+    parser.add_argument("--peak", metavar="WHO", help="print the memory in MiB that native or a peer takes, no more")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    for name in options.case or SHAPES:
+        if options.peak:
+            print(peak(name, options.peak))
+            continue
+        for setting in SETTINGS:
+            functions = {"native": run(name, cpu, "native", setting)} | peers(name, cpu, setting)
+            text = [f"{who} {ms:.0f} ms" for who, ms in in_turn(functions, time.process_time).items()]
+            if len(functions) > 1:
+                ours, theirs = (function().argmax(1) for function in functions.values())
+                text.append(f"labels that differ {100 * (ours != theirs).float().mean().item():.4f} %")
+            counts = {f"{n} threads": with_threads(n, functions["native"]) for n in (1, 2)}
+            text += [f"wall {n} {ms:.0f} ms" for n, ms in in_turn(counts, time.perf_counter).items()]
+            print(f"{name} {setting}: {', '.join(text)}", flush=True)
+        text = [f"{who} {peak_elsewhere(name, who):.0f} MiB" for who in ("native", *peers(name, cpu))]
+        print(f"{name}: memory {', '.join(text)}", flush=True)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for case in SHAPES:
-        for setting in ((80.0, 13.0, 10.0), (50.0, 5.0, 10.0)):
-            print(f"{case} {setting}: {against_pydensecrf(case, setting)}", flush=True)
+    main()

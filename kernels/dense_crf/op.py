@@ -9,7 +9,7 @@ from kernels import checks
 from kernels.backend import choose, native_problem, register
 from kernels.dense_crf import reference
 
-MODES = ("fast", "exact")
+MODES = ("fast", "ring", "exact")
 MAX_PRUNE = 0.1
 
 
@@ -23,21 +23,23 @@ def _native(
     prune: float,
     sizes: list[tuple[int, int]] | None,
 ) -> Tensor:
-    if mode == "exact":  # plain torch is all there is
-        return reference.dense_crf(unary, image, spatial, bilateral, iterations, mode, prune, sizes)
     if unary.dtype == torch.float64:
         raise TypeError("dense_crf: the native backend computes in fp32; use backend='reference' for float64")
     flat = [int(n) for size in sizes or () for n in size]
     return torch.ops.wsss.dense_crf(
-        unary.float(), image.float(), *map(float, spatial), *map(float, bilateral), iterations, float(prune), flat
+        unary.float(), image.float(), *map(float, spatial), *map(float, bilateral), iterations, float(prune), flat, mode
     )
 
 
-if native_problem("dense_crf") is None:
+if native_problem("gaussian_filter") is None:
 
     @torch.library.register_fake("wsss::dense_crf")
-    def _fake(unary, image, spatial_sigma, spatial_weight, sigma_xy, sigma_rgb, weight, iterations, prune, sizes):
+    def _fake(unary, *_, **__):
         return unary.new_empty(unary.shape)
+
+    @torch.library.register_fake("wsss::gaussian_filter")
+    def _fake_filter(image, planes, sigma_xy, sigma_rgb):
+        return planes.new_empty(planes.shape)
 
 
 register("dense_crf", reference=reference.dense_crf, native=_native)
@@ -66,8 +68,18 @@ def dense_crf(
     spatial     (sigma_xy in pixels, weight); bilateral (sigma_xy in pixels, sigma_rgb in grey levels, weight).
                 Weight 0 leaves a kernel out.
     iterations  >= 0.
-    mode        "fast": permutohedral lattice for both kernels, parity with pydensecrf; "exact": true Gaussian sums,
-                O((HW)^2) time, the oracle for small images.
+    mode        "fast": permutohedral lattice for both kernels, parity with pydensecrf.
+                "ring": the bilateral lattice with one ring of ghost vertices (kernels/lattice.py), so that the blur
+                loses less; the spatial kernel as true sums along rows and columns, since a lattice would only add its
+                error. For small sigma_rgb: at 13 it was no gain. Costs more time and memory than fast.
+                "exact": true Gaussian sums for both, O((HW)^2) time, the oracle; the native code leaves out what lies
+                beyond e^-18 by tiles of near pixels, and stays within 2e-5 of fp64 in the tests.
+                Total variation distance to exact, fast / ring, on synthetic photographs of 96x128 with 21 classes
+                (accuracy.py): bilateral (80, 13, 10) 5.5e-3 / 1.1e-2; (64, 5, 4) 2.6e-3 / 1.9e-3; (50, 5, 10)
+                2.35e-2 / 2.12e-2. Largest error of one application of the bilateral kernel: 0.06 / 0.06, 0.14 / 0.05,
+                0.16 / 0.06.
+                Process time of one thread (4 iterations of the first and third, 21 classes): fast 0.006 and 0.015 s,
+                ring 0.011 and 0.073 s, exact 1.1 and 0.42 s.
     prune       in [0, 0.1], in units of the exponents (nats); 0 is off. Class c of an image gets no messages if
                 max_i Q0_i(c) R < prune, R = max_i sum_k w_k n_i (K_k n_k)_i being the largest message there can be; it
                 keeps its unary energy in the softmax. Messages are >= 0, so Q_i(c) never exceeds Q0_i(c) e^m with m the

@@ -20,8 +20,37 @@ class ExactKernel:
         return self.weight * self.norm * exact_filter(self.features, self.norm * values)
 
 
-def _kernel(features: Tensor, weight: float, mode: str) -> Lattice | ExactKernel:
-    return Lattice(features).normalised(weight) if mode == "fast" else ExactKernel(features, weight)
+class GridKernel:
+    """The same for f = (x, y) / sigma on a grid of h * w pixels: a sum along the rows, then one across them."""
+
+    def __init__(self, image: Tensor, sigma: float, weight: float):
+        self.weight = weight
+        self.across, self.along = (self._axis(image, size, sigma) for size in image.shape[-2:])
+        self.norm = (self.across.sum(1)[:, None] * self.along.sum(1) + 1e-20).rsqrt().reshape(-1, 1)
+
+    @staticmethod
+    def _axis(image: Tensor, size: int, sigma: float) -> Tensor:
+        place = torch.arange(size, device=image.device, dtype=image.dtype)
+        return torch.exp(-0.5 * ((place[:, None] - place) / sigma).square())
+
+    def filter(self, values: Tensor) -> Tensor:
+        h, w = len(self.across), len(self.along)
+        sums = self.along @ (self.norm * values).reshape(h, w, -1)
+        sums = (self.across @ sums.reshape(h, -1)).reshape(h * w, -1)
+        return self.weight * self.norm * sums
+
+
+def _spatial(image: Tensor, sigma: float, weight: float, mode: str) -> Lattice | GridKernel:
+    if mode == "fast":
+        return Lattice(pixel_features(image, sigma, None)).normalised(weight)
+    return GridKernel(image, sigma, weight)
+
+
+def _bilateral(image: Tensor, sigma_xy: float, sigma_rgb: float, weight: float, mode: str) -> Lattice | ExactKernel:
+    features = pixel_features(image, sigma_xy, sigma_rgb)
+    if mode == "exact":
+        return ExactKernel(features, weight)
+    return Lattice(features, ring=mode == "ring").normalised(weight)
 
 
 @torch.no_grad()
@@ -49,17 +78,19 @@ def dense_crf(
             messages = []
             if spatial[1] > 0:
                 if (h, w) not in fixed:
-                    fixed[h, w] = _kernel(pixel_features(own, spatial[0], None), spatial[1], mode)
+                    fixed[h, w] = _spatial(own, *spatial, mode)
                 messages.append(fixed[h, w])
             if bilateral[2] > 0:
-                messages.append(_kernel(pixel_features(own, *bilateral[:2]), bilateral[2], mode))
+                messages.append(_bilateral(own, *bilateral, mode))
             negative = -unary[n, :, :h, :w].to(dtype).flatten(1).t().contiguous()  # [pixels, K]
             q = _mean_field(negative, messages, iterations, prune)
             out[n, :, :h, :w] = q.t().reshape(-1, h, w)
     return out
 
 
-def _mean_field(negative: Tensor, messages: list[Lattice | ExactKernel], iterations: int, prune: float) -> Tensor:
+def _mean_field(
+    negative: Tensor, messages: list[Lattice | GridKernel | ExactKernel], iterations: int, prune: float
+) -> Tensor:
     """negative = -U [pixels, K] -> Q [pixels, K]."""
     q = negative.softmax(dim=1)
     live = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)

@@ -71,7 +71,7 @@ def test_fast_mode_is_the_iteration_over_the_lattice():
 
 def test_pcre_check_12_uniform_stays_uniform():
     image = torch.full((1, 3, 16, 16), 90, dtype=torch.uint8)
-    for mode in ("fast", "exact"):
+    for mode in ("fast", "ring", "exact"):
         q = dense_crf(torch.full((1, 2, 16, 16), math.log(2)), image, mode=mode)
         torch.testing.assert_close(q, torch.full_like(q, 0.5), rtol=0, atol=1e-6)
 
@@ -81,7 +81,7 @@ def test_pcre_check_12_large_spatial_weight_smooths():
     probs[:, 0] = 0.8
     probs[:, :, 8, 8] = probs[:, :, 8, 8].flip(1)  # one pixel of the other class
     image = (torch.rand(1, 3, 16, 16) * 255).to(torch.uint8)
-    for mode in ("fast", "exact"):
+    for mode in ("fast", "ring", "exact"):
         kept = dense_crf(-probs.log(), image, spatial=(3.0, 0.0), bilateral=(80.0, 13.0, 0.0), mode=mode)
         assert kept[0, :, 8, 8].argmax() == 1
         smooth = dense_crf(-probs.log(), image, spatial=(3.0, 10.0), bilateral=(80.0, 13.0, 0.0), mode=mode)
@@ -113,11 +113,12 @@ def test_equals_pydensecrf():
     assert (dense_crf(unary, image)[0] - want).abs().max() < 1e-3  # both fp32; vertices at rounding ties may differ
 
 
-@pytest.mark.parametrize("mode", ["fast", "exact"])
-@pytest.mark.parametrize("shape", [(1, 1, 5, 6), (2, 3, 1, 9), (1, 2, 1, 1), (0, 2, 4, 4), (1, 2, 0, 4)])
-def test_odd_shapes(mode, shape):
+@pytest.mark.parametrize("backend", available_backends("dense_crf", "cpu"))
+@pytest.mark.parametrize("mode", ["fast", "ring", "exact"])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 6), (2, 3, 1, 9), (2, 3, 9, 1), (1, 2, 1, 1), (0, 2, 4, 4), (1, 2, 0, 4)])
+def test_odd_shapes(mode, shape, backend):
     b, k, h, w = shape
-    q = dense_crf(torch.rand(shape), torch.rand(b, 3, h, w) * 255, mode=mode)
+    q = dense_crf(torch.rand(shape), torch.rand(b, 3, h, w) * 255, mode=mode, backend=backend)
     assert q.shape == shape
     torch.testing.assert_close(q.sum(1), torch.ones(b, h, w), rtol=0, atol=1e-5)
 
@@ -142,7 +143,8 @@ def test_no_iteration_is_the_softmax():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"mode": "ring"}, "dense_crf: mode must be one of fast, exact, got 'ring'"),
+        ({"mode": "slow"}, "dense_crf: mode must be one of fast, ring, exact, got 'slow'"),
+        ({"mode": "ring", "bilateral": (80.0, 1e-6, 10.0)}, "standard deviations are too small"),
         ({"spatial": (0.0, 3.0)}, "dense_crf: spatial sigma_xy must lie in"),
         ({"bilateral": (80.0, -1.0, 10.0)}, "dense_crf: bilateral sigma_rgb must lie in .* got -1"),
         ({"bilateral": (80.0, 13.0, -10.0)}, "dense_crf: bilateral weight must lie in"),
@@ -368,12 +370,11 @@ def test_thread_count_changes_no_bit(k, prune):
 
 
 @native
-def test_native_in_double_and_exact():
+def test_native_in_double():
     unary, image = scene(1, 3, 8, 9)
-    with pytest.raises(TypeError, match="dense_crf: the native backend computes in fp32"):
-        dense_crf(unary.double(), image, backend="native")
-    want = dense_crf(unary, image, mode="exact", backend="reference")
-    assert torch.equal(want, dense_crf(unary, image, mode="exact", backend="native"))
+    for mode in ("fast", "ring", "exact"):
+        with pytest.raises(TypeError, match="dense_crf: the native backend computes in fp32"):
+            dense_crf(unary.double(), image, mode=mode, backend="native")
 
 
 @native

@@ -34,7 +34,7 @@ def fields(d):
     roi, labels = torch.ones(1, 16, 20).to(d), torch.full((1, 16, 20), 255).to(d)
     energies = [kernels.dense_energy(probs, image, roi, labels, scale=s) for s in ("lattice", "true")]
     sum(energies).backward()
-    crf = [kernels.dense_crf(-probs.detach().log(), image, mode=m) for m in ("fast", "exact")]
+    crf = [kernels.dense_crf(-probs.detach().log(), image, mode=m) for m in ("fast", "ring", "exact")]
     return [*(1e5 * e.detach() for e in energies), 1e5 * probs.grad, *crf]
 
 

@@ -1,7 +1,7 @@
 # make quickstart   set up, prepare data and weights, train, evaluate, write the report
 # make test         set up, run the tests
 # make lint         set up, check the style
-# make bench        set up, time the operators (make bench OP=par: one of them)
+# make bench        set up, time the operators (make bench OP=par ARGS='--plot par.png': one of them, with a plot)
 # make setup        only the virtual environment with everything installed
 #
 # Everything is installed into .venv, or into the virtual environment that is active.
@@ -60,7 +60,7 @@ test: setup
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest
 
 bench: setup
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m kernels.bench $(OP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m kernels.bench $(OP) $(ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

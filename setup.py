@@ -1,8 +1,9 @@
 """Builds kernels._C from csrc/: the CPU part always, the CUDA part when a toolkit is present.
 
 Environment: WSSS_CUDA=0/1 forces the CUDA part off/on; CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST names the GPU
-architectures (9.0 plus PTX when unset); MAX_JOBS limits the parallel compilations. Without a C++ compiler or without
-Python.h the packages are installed without kernels._C, and the backend "native" then says that it is missing.
+architectures (9.0 plus PTX when unset); MAX_JOBS limits the parallel compilations; WSSS_SANITIZE=address,undefined
+compiles the CPU part with these sanitizers, for the tests (see CONTRIBUTING.md). Without a C++ compiler or
+without Python.h the packages are installed without kernels._C, and the backend "native" then says that it is missing.
 """
 
 import os
@@ -18,6 +19,9 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 CPU_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo"]
+
+
+SANITIZERS = ("address", "undefined", "leak", "thread")
 
 
 def say(text):
@@ -85,6 +89,20 @@ def want_cuda():
     return None
 
 
+def sanitizer_flags():
+    """(compile, link) flags of WSSS_SANITIZE; -fno-wrapv undoes a flag of Python's own, which hides overflows."""
+    names = [n for n in os.environ.get("WSSS_SANITIZE", "").split(",") if n]
+    unknown = [n for n in names if n not in SANITIZERS]
+    if unknown:
+        known = ", ".join(SANITIZERS)
+        raise SystemExit(f"setup.py: WSSS_SANITIZE must be a list of {known}; got {','.join(unknown)!r}")
+    if not names:
+        return [], []
+    chosen = f"-fsanitize={','.join(names)}"
+    compile_flags = [chosen, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
+    return compile_flags, [chosen]
+
+
 def native_extension():
     """(ext_modules, cmdclass) for kernels._C; empty where it cannot be built."""
     problem = missing_for_native()
@@ -103,12 +121,15 @@ def native_extension():
         sources += sorted(ROOT.glob("csrc/*/*.cu"))
     else:
         sources = [s for s in sources if not s.stem.endswith("_host")]
+    sanitize, link = sanitizer_flags()
+    cpu_flags = CPU_FLAGS + sanitize
     extension = (CUDAExtension if cuda_home else CppExtension)(
         "kernels._C",
         [str(s.relative_to(ROOT)) for s in sources],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=[("WSSS_WITH_CUDA", "1" if cuda_home else "0")],
-        extra_compile_args={"cxx": CPU_FLAGS, "nvcc": CUDA_FLAGS} if cuda_home else CPU_FLAGS,
+        extra_compile_args={"cxx": cpu_flags, "nvcc": CUDA_FLAGS} if cuda_home else cpu_flags,
+        extra_link_args=link,
     )
     return [extension], {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}
 

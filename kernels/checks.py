@@ -16,6 +16,8 @@ def shape(op: str, name: str, x: Tensor, *wanted: int | str) -> None:
     """`x` has these dimensions; an int is a size that must match, a str is a letter that stands for any size."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {x.layout}")
     fits = x.dim() == len(wanted) and all(isinstance(w, str) or s == w for s, w in zip(x.shape, wanted, strict=False))
     if not fits:
         text = ", ".join(str(w) for w in wanted)
@@ -27,6 +29,13 @@ def floating(op: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dtype not in HALF_OR_FULL:
             raise TypeError(f"{op}: {name} must be floating point (fp32, fp64, bf16, fp16), got {x.dtype}")
+
+
+def real(op: str, **tensors: Tensor) -> None:
+    """No tensor is complex."""
+    for name, x in tensors.items():
+        if x.is_complex():
+            raise TypeError(f"{op}: {name} must hold real numbers, got {x.dtype}")
 
 
 def integral(op: str, **tensors: Tensor) -> None:
@@ -61,6 +70,17 @@ def grid(op: str, value: Sequence[int], num_patches: int) -> tuple[int, int]:
     if h * w != num_patches:
         raise ValueError(f"{op}: grid must have h * w = {num_patches} patches, got ({h}, {w})")
     return h, w
+
+
+def finite(op: str, **tensors: Tensor) -> None:
+    """No tensor holds NaN or infinity. Tensors off the CPU are not looked at, which would stall their stream, nor is
+    anything inside torch.compile."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        # the extremes show NaN and infinity, several times cheaper than isfinite of every value
+        if x.device.type == "cpu" and x.numel() > 0 and not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:

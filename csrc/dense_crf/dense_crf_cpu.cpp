@@ -208,6 +208,7 @@ at::Tensor dense_crf_cpu(const at::Tensor& unary, const at::Tensor& image, doubl
                     unary.sizes());
   TORCH_CHECK_VALUE(spatial_sigma > 0 && sigma_xy > 0 && sigma_rgb > 0,
                     "dense_crf: the standard deviations must be > 0");
+  TORCH_CHECK_VALUE(iterations >= 0, "dense_crf: iterations must be >= 0, got ", iterations);
   TORCH_CHECK_VALUE(sizes.empty() || static_cast<int64_t>(sizes.size()) == 2 * batch,
                     "dense_crf: sizes must be empty or hold a height and a width per image");
   for (size_t i = 0; i < sizes.size(); ++i) {

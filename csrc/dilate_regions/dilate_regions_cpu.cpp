@@ -17,16 +17,18 @@ namespace {
 constexpr uint64_t kOnes = 0x0101010101010101;
 constexpr bool kLittleEndian = std::endian::native == std::endian::little;
 
-// Column x of a row of bytes 0 / 1 becomes bit x; at most 64 columns.
-uint64_t pack(const bool* from, int64_t count) {
+// Column x of a row of bytes becomes bit x, 0 where the byte is 0; at most 64 columns.
+uint64_t pack(const uint8_t* from, int64_t count) {
   uint64_t word = 0;
   int64_t x = 0;
   for (; kLittleEndian && x + 8 <= count; x += 8) {  // the product gathers the low bits of 8 bytes in its top byte
     uint64_t bytes;
     std::memcpy(&bytes, from + x, 8);
+    // A bool tensor may be a view of other bytes than 0 and 1.
+    bytes = (((bytes & 0x7f * kOnes) + 0x7f * kOnes) | bytes) >> 7 & kOnes;
     word |= (bytes * 0x0102040810204080 >> 56) << x;
   }
-  for (; x < count; ++x) word |= static_cast<uint64_t>(from[x]) << x;
+  for (; x < count; ++x) word |= static_cast<uint64_t>(from[x] != 0) << x;
   return word;
 }
 
@@ -59,7 +61,7 @@ class Map {
   Map(int64_t h, int64_t w, const std::vector<int64_t>& half)
       : h_(h), w_(w), words_(words_of(w)), half_(half), row_(words_), wide_(words_), result_(h * words_) {}
 
-  void dilate(const bool* seeds, bool* out) {
+  void dilate(const uint8_t* seeds, bool* out) {
     std::fill(result_.begin(), result_.end(), 0);
     for (int64_t y = 0; y < h_; ++y) {
       uint64_t any = 0;
@@ -119,7 +121,7 @@ at::Tensor dilate_regions_cpu(const at::Tensor& seeds, int64_t limit, bool cheby
   auto out = at::empty(seeds.sizes(), seeds.options());
   if (out.numel() == 0) return out;
   const auto half = half_widths({limit, chebyshev}, h, w);
-  const bool* from = maps.const_data_ptr<bool>();
+  const auto* from = reinterpret_cast<const uint8_t*>(maps.const_data_ptr<bool>());
   bool* to = out.mutable_data_ptr<bool>();
   at::parallel_for(0, seeds.size(0) * seeds.size(1), 16, [&](int64_t begin, int64_t end) {
     Map map(h, w, half);

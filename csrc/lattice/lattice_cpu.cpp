@@ -101,10 +101,11 @@ void Lattice::index(const int32_t* vertex, const uint32_t* rank, const int32_t* 
   const int64_t padded = padded_points(num_points);
   const int margin = ring ? 3 : 2;  // corners, their neighbours, the neighbours of those
   const auto strides = key_strides(low, high, D, margin);
-  int64_t step = 0, origin = 0;
+  int64_t step = 0;
+  int32_t origin[D];
   for (int i = 0; i < D; ++i) {
     step += strides[i];
-    origin += (low[i] - margin * num_corners) * strides[i];
+    origin[i] = low[i] - margin * num_corners;
   }
   VertexTable table(num_points / 16);
   int64_t codes[kFetchAhead][kMaxCorners];
@@ -116,8 +117,8 @@ void Lattice::index(const int32_t* vertex, const uint32_t* rank, const int32_t* 
     const int64_t end = std::min(num_points, begin + kFetchAhead);
     for (int64_t i = begin; i < end; ++i) {
       int64_t* code = codes[i - begin];
-      code[0] = -origin;
-      for (int j = 0; j < D; ++j) code[0] += vertex[j * padded + i] * strides[j];
+      code[0] = 0;
+      for (int j = 0; j < D; ++j) code[0] += (vertex[j * padded + i] - origin[j]) * strides[j];
       if (code[0] == previous_code && rank[i] == previous_rank) {
         code[0] = -1;  // the simplex of the point before
         continue;

@@ -23,8 +23,9 @@ WSSS_INLINE bool simplex(const float* features, int64_t n, int64_t begin, int64_
     Vec e[C], tail = {};
     for (int j = D; j > 0; --j) {
       const Vec f = load<Vec>(features + (j - 1) * n + at);
-      inside &= (f <= kLatticeMaxFeature) & (f >= -kLatticeMaxFeature);
-      const Vec scaled = f * scale[j - 1];
+      const IntVec fits = (f <= kLatticeMaxFeature) & (f >= -kLatticeMaxFeature);
+      inside &= fits;
+      const Vec scaled = (fits ? f : Vec{}) * scale[j - 1];  // what follows holds for numbers in range alone
       e[j] = tail - scaled * static_cast<float>(j);
       tail = tail + scaled;
     }

@@ -125,12 +125,14 @@ std::tuple<at::Tensor, at::Tensor> max_upsampled_masks_cpu(const at::Tensor& log
                                                            int64_t out_h, int64_t out_w, int64_t limit) {
   check_max_upsampled(logits, pairs, members, h, w, out_h, out_w);
   const auto masks = logits.contiguous(), list = pairs.contiguous(), chosen = members.contiguous();
-  const int64_t n = h * w, num_pairs = pairs.size(0), pixels = out_h * out_w;
+  const int64_t n = h * w, num_pairs = pairs.size(0);
   auto out = at::zeros({num_pairs, out_h, out_w}, logits.options().dtype(accumulate_type(logits)));
   auto winner = at::full({num_pairs, out_h, out_w}, -1, logits.options().dtype(at::kInt));
-  if (n == 0) return {out, winner};
+  if (n == 0 || out.numel() == 0) return {out, winner};
+  const int64_t pixels = out_h * out_w;  // not before: for no pairs it may overflow
   const int64_t* pair = list.const_data_ptr<int64_t>();
-  const bool* member = chosen.const_data_ptr<bool>();
+  // Bytes: a bool tensor may be a view of other bytes than 0 and 1.
+  const auto* member = reinterpret_cast<const uint8_t*>(chosen.const_data_ptr<bool>());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "max_upsampled_masks", [&] {
     using T = at::opmath_type<scalar_t>;
     const Resize<T> resize(h, w, out_h, out_w, {limit, false});
@@ -186,7 +188,7 @@ at::Tensor max_upsampled_masks_backward_cpu(const at::Tensor& grad, const at::Te
                                             const at::Tensor& pairs, const at::Tensor& members, int64_t h, int64_t w,
                                             int64_t limit) {
   check_max_upsampled_backward(grad, winner, logits, pairs.size(0));
-  const int64_t out_h = winner.size(1), out_w = winner.size(2), n = h * w, images = logits.size(0);
+  const int64_t out_h = winner.size(1), out_w = winner.size(2), n = logits.size(1), images = logits.size(0);
   check_max_upsampled(logits, pairs, members, h, w, out_h, out_w);
   const auto masks = logits.contiguous(), list = pairs.contiguous();
   const auto flow = grad.contiguous(), winners = winner.contiguous();

@@ -63,7 +63,9 @@ at::Tensor par_cpu(const at::Tensor& image, const at::Tensor& maps, at::IntArray
   TORCH_CHECK_VALUE(image.sizes() == at::IntArrayRef({batch, 3, h, w}), "par: image does not fit maps ", maps.sizes());
   TORCH_CHECK_VALUE(!dilations.empty() && dilations.size() * 8 <= kMaxTaps, "par: 1 to 32 dilations, got ",
                     dilations.size());
+  for (const int64_t d : dilations) TORCH_CHECK_VALUE(d >= 1, "par: dilations must be >= 1, got ", d);
   TORCH_CHECK_VALUE(position_weights.size() == 8 * dilations.size(), "par: one position weight per tap");
+  TORCH_CHECK_VALUE(iterations >= 0, "par: iterations must be >= 0, got ", iterations);
   const auto colours = image.contiguous(), values = maps.contiguous();
   auto out = at::empty({batch, channels, h, w}, maps.options());
   if (out.numel() == 0) return out;

@@ -23,7 +23,9 @@ at::Tensor par_cuda(const at::Tensor& image, const at::Tensor& maps, at::IntArra
   TORCH_CHECK_VALUE(image.device() == maps.device(), "par: image and maps must be on one device");
   TORCH_CHECK_VALUE(!dilations.empty() && dilations.size() * 8 <= kMaxTaps, "par: 1 to 32 dilations, got ",
                     dilations.size());
+  for (const int64_t d : dilations) TORCH_CHECK_VALUE(d >= 1, "par: dilations must be >= 1, got ", d);
   TORCH_CHECK_VALUE(position_weights.size() == 8 * dilations.size(), "par: one position weight per tap");
+  TORCH_CHECK_VALUE(iterations >= 0, "par: iterations must be >= 0, got ", iterations);
   const c10::cuda::CUDAGuard guard(maps.device());
   const auto colours = image.contiguous(), values = maps.contiguous();
   auto out = at::empty({batch, channels, h, w}, maps.options());

@@ -32,14 +32,16 @@ struct Disc {
 inline std::vector<int64_t> half_widths(const Disc& disc, int64_t h, int64_t w) {
   std::vector<int64_t> half;
   for (int64_t dy = 0; dy < h && disc.contains(dy, 0); ++dy) {
-    int64_t reach = disc.limit;
-    if (!disc.chebyshev) {
-      const int64_t rest = disc.limit - dy * dy;
+    const int64_t rest = disc.chebyshev ? disc.limit : disc.limit - dy * dy;
+    int64_t reach = w - 1;
+    if (disc.chebyshev) {
+      if (rest < reach) reach = rest;
+    } else if (rest < reach * reach) {
       reach = static_cast<int64_t>(std::sqrt(static_cast<double>(rest)));
       while (reach * reach > rest) --reach;
       while ((reach + 1) * (reach + 1) <= rest) ++reach;
     }
-    half.push_back(reach < w - 1 ? reach : w - 1);
+    half.push_back(reach);
   }
   return half;
 }

@@ -26,8 +26,9 @@ inline Scalar scalar_of(const at::Tensor& x) {
 inline void check_patch_masks(const at::Tensor& x, int64_t h, int64_t w, const char* op, const char* name) {
   check_floating(x, op, name);
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == x.size(2), op, ": ", name, " must be [B, N, N], got ", x.sizes());
-  TORCH_CHECK_VALUE(h >= 0 && w >= 0 && h * w == x.size(1), op, ": grid must have h * w = ", x.size(1),
-                    " patches, got (", h, ", ", w, ")");
+  const int64_t n = x.size(1);  // by division: h * w may overflow
+  TORCH_CHECK_VALUE(h >= 0 && w >= 0 && (h == 0 ? n == 0 : n % h == 0 && n / h == w), op, ": grid must have h * w = ",
+                    n, " patches, got (", h, ", ", w, ")");
 }
 
 inline void check_radius_mask_backward(const at::Tensor& grad, const at::Tensor& out, int64_t h, int64_t w) {

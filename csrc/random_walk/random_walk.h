@@ -17,6 +17,7 @@ struct CUstream_st;  // what cudaStream_t points to: lets CPU files read this he
 namespace wsss {
 
 constexpr int kWalkMaxRadius = 16;
+constexpr int64_t kWalkMaxSteps = 1 << 16;
 constexpr int kWalkMaxOffsets = 400;       // half of the cells nearer than 16: 398
 constexpr float kWalkSmallest = 1.0e-30f;  // g below it is 0: no sum with the weight 1 of the pixel itself sees it
 

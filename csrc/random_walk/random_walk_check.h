@@ -14,7 +14,8 @@ inline void check_walk(const at::Tensor& seeds, const at::Tensor& edges, int64_t
   TORCH_CHECK_VALUE(radius >= 1 && radius <= kWalkMaxRadius, "random_walk: radius must lie in [1, ", kWalkMaxRadius,
                     "], got ", radius);
   TORCH_CHECK_VALUE(beta > 0, "random_walk: beta must be > 0, got ", beta);
-  TORCH_CHECK_VALUE(steps >= 0, "random_walk: steps must be >= 0, got ", steps);
+  TORCH_CHECK_VALUE(steps >= 0 && steps <= kWalkMaxSteps, "random_walk: steps must lie in [0, ", kWalkMaxSteps,
+                    "], got ", steps);
 }
 
 }  // namespace wsss

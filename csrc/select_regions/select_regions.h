@@ -17,7 +17,8 @@ struct Selection {
 constexpr float kLeastArea = 1e-6f;
 
 // CPU. Winner of each patch: the class with the largest scores[i, c] / peak[c], ties to the lowest; -1 if no score of
-// the patch is > 0. peak [C] must be the maximum over the patches, or 1 where that is not > 0.
+// the patch is > 0, or one of the quotients is NaN. peak [C] is the maximum over the patches, NaN left out, or 1 where
+// that is not > 0.
 void select_peaks(const float* scores, int64_t n, int64_t c, float* peak);
 void select_winners(const float* scores, const float* peak, int64_t n, int64_t c, int32_t* winner);
 // A packed region: kSelectBlock values to kSelectBlock bits, in an order of its own that is the same for every region.

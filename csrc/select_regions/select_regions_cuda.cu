@@ -35,7 +35,7 @@ __global__ void _select_winners_kernel(SelectArrays a, int64_t patches, int n, i
   const float *scores = a.scores + item * c, *peak = a.peak + item / n * c;
   float best = -FLT_MAX;
   int at = -1;
-  bool any = false;
+  bool any = false, fine = true;
   for (int k = 0; k < c; ++k) {
     const float ratio = __fdiv_rn(scores[k], peak[k]);
     if (at < 0 || ratio > best) {
@@ -43,8 +43,9 @@ __global__ void _select_winners_kernel(SelectArrays a, int64_t patches, int n, i
       at = k;
     }
     any |= scores[k] > 0;
+    fine &= ratio == ratio;  // a NaN has no place in the order of the candidates
   }
-  a.winner[item] = any ? at : -1;
+  a.winner[item] = any && fine ? at : -1;
 }
 
 // One block per pair: the place of a candidate is the number of candidates that come before it.

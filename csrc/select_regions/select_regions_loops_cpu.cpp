@@ -17,8 +17,8 @@ constexpr int kLanes = Lanes<float>::count;
 
 WSSS_CLONES
 void select_peaks(const float* scores, int64_t n, int64_t c, float* peak) {
-  std::copy(scores, scores + c, peak);
-  for (int64_t i = 1; i < n; ++i) {
+  std::fill(peak, peak + c, 0.0f);
+  for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k < c; ++k) peak[k] = scores[i * c + k] > peak[k] ? scores[i * c + k] : peak[k];
   }
   for (int64_t k = 0; k < c; ++k) peak[k] = peak[k] > 0 ? peak[k] : 1.0f;
@@ -30,11 +30,11 @@ void select_winners(const float* scores, const float* peak, int64_t n, int64_t c
     const float* row = scores + i * c;
     float best = row[0] / peak[0];
     int32_t at = 0;
-    bool any = row[0] > 0;
+    bool any = row[0] > 0, fine = best == best;
     int64_t k = 1;
     if (c > kLanes) {
       Vec top = *reinterpret_cast<const Loose*>(row) / *reinterpret_cast<const Loose*>(peak);
-      Index place = {0, 1, 2, 3, 4, 5, 6, 7}, now = place, positive = {};
+      Index place = {0, 1, 2, 3, 4, 5, 6, 7}, now = place, positive = {}, ordered = top == top;
       positive |= *reinterpret_cast<const Loose*>(row) > 0.0f;
       for (k = kLanes; k + kLanes <= c; k += kLanes) {
         const Vec value = *reinterpret_cast<const Loose*>(row + k);
@@ -43,6 +43,7 @@ void select_winners(const float* scores, const float* peak, int64_t n, int64_t c
         place = ratio > top ? now : place;
         top = ratio > top ? ratio : top;
         positive |= value > 0.0f;
+        ordered &= ratio == ratio;
       }
       best = top[0];
       at = place[0];
@@ -52,6 +53,7 @@ void select_winners(const float* scores, const float* peak, int64_t n, int64_t c
           at = place[lane];
         }
         any |= positive[lane] != 0;
+        fine &= ordered[lane] != 0;
       }
     }
     for (; k < c; ++k) {
@@ -61,8 +63,9 @@ void select_winners(const float* scores, const float* peak, int64_t n, int64_t c
         at = static_cast<int32_t>(k);
       }
       any |= row[k] > 0;
+      fine &= ratio == ratio;
     }
-    winner[i] = any ? at : -1;
+    winner[i] = any && fine ? at : -1;
   }
 }
 
@@ -73,7 +76,7 @@ void select_pack(const float* values, int64_t blocks, float threshold, uint64_t*
     Index bits = {}, one = Index{} + 1;
     for (int step = 0; step < 32; ++step) {  // bit `step` of lane i is value step * kLanes + i
       bits |= (*reinterpret_cast<const Loose*>(values + b * kSelectBlock + step * kLanes) > threshold) & one;
-      one += one;
+      one <<= 1;  // a sum would overflow at the last step
     }
     *reinterpret_cast<LooseIndex*>(words + b * (kSelectBlock / 64)) = bits;
   }

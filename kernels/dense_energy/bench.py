@@ -1,19 +1,26 @@
-"""Benchmark cases of dense_energy, value and gradient, at half the size of the crops the trainer uses."""
+"""Benchmark cases of dense_energy, value and gradient; the lattice has half the height and the width of the crop."""
 
 from __future__ import annotations
+
+import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 
+from kernels.dense_energy import reference
 from kernels.dense_energy.op import dense_energy
+from kernels.lattice import Lattice, pixel_features
 
 # name: (B, K, H, W)
 SHAPES = {
     "2x12x224": (2, 12, 224, 224),
+    "4x21x320": (4, 21, 320, 320),
     "4x21x448": (4, 21, 448, 448),
-    "2x81x448": (2, 81, 448, 448),
+    "4x81x448": (4, 81, 448, 448),
 }
 TOLERANCE = 1e-4  # share of the largest gradient, against fp64; at ties of the lattice cells fp32 may take the other
+PEER_TOLERANCE = TOLERANCE
 
 
 def inputs(name: str, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -37,11 +44,74 @@ def _gradient(probs: torch.Tensor, *args: torch.Tensor, backend: str) -> torch.T
 def check(name: str, device: torch.device, backend: str) -> float:
     """Largest difference of the gradient from the reference in fp64, as a share of the largest gradient."""
     probs, *rest = inputs(name, device)
-    want = _gradient(probs.double(), *rest, backend="reference")
-    return ((_gradient(probs, *rest, backend=backend) - want).abs().max() / want.abs().max()).item()
+    return _error(name, device, _gradient(probs, *rest, backend=backend))
+
+
+@functools.cache
+def _expected(name: str, device: torch.device) -> torch.Tensor:
+    probs, *rest = inputs(name, device)
+    return _gradient(probs.double(), *rest, backend="reference")
+
+
+def _error(name: str, device: torch.device, got: torch.Tensor) -> float:
+    want = _expected(name, device)
+    return ((got - want).abs().max() / want.abs().max()).item()
 
 
 def run(name: str, device: torch.device, backend: str):
     """A function without arguments that computes value and gradient once."""
     probs, *rest = inputs(name, device)
     return lambda: _gradient(probs, *rest, backend=backend)
+
+
+def _one_by_one(image: torch.Tensor, planes: torch.Tensor, sigma_xy: float, sigma_rgb: float, scale: str):
+    """The filter as the published loss calls it: one lattice per image, one class after the other."""
+    sums = []
+    for i, p in zip(image, planes, strict=True):
+        lattice = Lattice(pixel_features(i, sigma_xy, sigma_rgb))
+        sums.append(torch.stack([lattice.filter(x.reshape(-1, 1)).view_as(x) for x in p]))
+    return torch.stack(sums)
+
+
+def peers(name: str, device: torch.device) -> dict:
+    """`eager`: the lattice in plain torch, class by class; `pydensecrf2`: lattice and one mean-field step on all
+    classes, which holds the same filter in C++ (and a softmax), without value and gradient. Nothing for torch.compile:
+    the number of vertices depends on the image."""
+    probs, image, roi, labels = inputs(name, device)
+
+    def eager() -> torch.Tensor:
+        leaf = probs.detach().requires_grad_()
+        reference.dense_energy(leaf, image, roi, labels, 15.0, 100.0, 0.5, "lattice", sums=_one_by_one).backward()
+        return leaf.grad
+
+    functions = {"eager": eager}
+    if device.type == "cpu" and importlib.util.find_spec("pydensecrf"):
+        functions["pydensecrf2"] = _mean_field_step(probs, image)
+    return functions
+
+
+def _mean_field_step(probs: torch.Tensor, image: torch.Tensor):
+    import pydensecrf.densecrf as peer
+
+    small = [int(s * 0.5) for s in probs.shape[-2:]]
+    unary = -F.interpolate(probs, small, mode="bilinear").log().flatten(2)
+    pixels = F.interpolate(image, small).permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+
+    def step() -> None:
+        for u, p in zip(unary, pixels, strict=True):
+            field = peer.DenseCRF2D(small[1], small[0], len(u))
+            field.setUnaryEnergy(u.numpy())
+            field.addPairwiseBilateral(50, 15, p.numpy(), 1, normalization=peer.NO_NORMALIZATION)
+            field.inference(1)
+
+    return step
+
+
+def peer_error(name: str, device: torch.device, peer: str, result: torch.Tensor | None) -> float | None:
+    return None if result is None else _error(name, device, result)
+
+
+def cost(name: str) -> tuple[int, int]:
+    """Probabilities in, gradient out; splat and slice of 6 corners a pixel at half the size."""
+    b, k, h, w = SHAPES[name]
+    return 8 * b * k * h * w, 2 * 2 * 6 * b * k * (h // 2) * (w // 2)

@@ -63,7 +63,8 @@ def dense_energy(
     Returns a scalar float32 (float64 for float64 probs), <= 0; the factor 1e-7 is inside.
     Gradient, in `probs` alone: -2 (1e-7 / B) g (kappa S) roi, the convention of the published loss. It is not the true
     derivative: the gate counts as constant, and kappa (g S) is replaced by g (kappa S).
-    Raises ValueError or TypeError for a wrong shape, dtype, device or range.
+    Raises ValueError or TypeError for a wrong shape, dtype, device or range; on the CPU, and not inside torch.compile,
+    also for an image that is not finite.
     Source: Tang et al., "On regularized losses for weakly-supervised CNN segmentation" (ECCV 2018); gate: AFA (CVPR
     2022) and its successors.
     """
@@ -74,6 +75,7 @@ def dense_energy(
     checks.shape(_OP, "labels", labels, b, h, w)
     checks.floating(_OP, probs=probs, image=image)
     checks.integral(_OP, labels=labels)
+    checks.real(_OP, roi=roi)
     checks.same_device(_OP, probs=probs, image=image, roi=roi, labels=labels)
     checks.number(_OP, "sigma_rgb", sigma_rgb, low=0.0, open=True)
     checks.number(_OP, "sigma_xy", sigma_xy, low=0.0, open=True)
@@ -81,5 +83,6 @@ def dense_energy(
         raise ValueError(f"{_OP}: scale_factor must lie in (0, 1], got {scale_factor}")
     if scale not in SCALES:
         raise ValueError(f"{_OP}: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    checks.finite(_OP, image=image)
     run = choose(_OP, probs.device, backend, pass_over=("native",) if probs.dtype == torch.float64 else ())
     return run(probs, image.detach(), roi, labels, sigma_rgb, sigma_xy, scale_factor, scale)

@@ -39,11 +39,13 @@ def par(
 
     image       [B, 3, H, W], in [0, 1], fp32, bf16 or fp16 (fp64: reference alone).
     maps        [B, C, H, W], any range; all C share the weights of their image.
-    dilations   1 to 32 distances of the taps in pixels, each >= 1; neighbours beyond the border are clamped to it.
+    dilations   1 to 32 distances of the taps in pixels, each >= 1, < 2^31; neighbours beyond the border are clamped to
+                it.
     iterations  number of sweeps, >= 0.
     Returns [B, C, H, W] float32 (float64 for float64 inputs), without gradient. The weights of a pixel sum to 1.01,
     so a constant map grows by that factor per sweep.
-    Raises ValueError or TypeError for a wrong shape, dtype, device or range, or a backend that cannot run.
+    Raises ValueError or TypeError for a wrong shape, dtype, device or range, or a backend that cannot run; on the CPU,
+    and not inside torch.compile, also for an image that is not finite.
     Source: AFA (Ru et al., CVPR 2022), section 3.4, as used by ToCo and PCRE.
     """
     checks.shape("par", "image", image, "B", 3, "H", "W")
@@ -51,8 +53,9 @@ def par(
     checks.floating("par", image=image, maps=maps)
     checks.same_device("par", image=image, maps=maps)
     dilations = tuple(int(d) for d in dilations)
-    if not 1 <= len(dilations) <= 32 or min(dilations) < 1:
-        raise ValueError(f"par: dilations must be 1 to 32 integers >= 1, got {dilations}")
+    if not 1 <= len(dilations) <= 32 or not all(1 <= d < 2**31 for d in dilations):
+        raise ValueError(f"par: dilations must be 1 to 32 integers >= 1 and < 2^31, got {dilations}")
     if iterations < 0:
         raise ValueError(f"par: iterations must be >= 0, got {iterations}")
+    checks.finite("par", image=image)
     return choose("par", image.device, backend)(image.detach(), maps.detach(), dilations, iterations)

@@ -70,7 +70,8 @@ def select_regions(
 
     mask_logits  [B, N, N], row i is the mask of patch i over the grid.
     scores       [B, N, C] joint confidence >= 0; each class is divided by its maximum over the patches, and a patch is
-                 a candidate of the class that wins among all C, absent ones included, if its score is > 0.
+                 a candidate of the class that wins among all C, absent ones included, if its score is > 0. A patch
+                 with a NaN or an infinite score is a candidate of none.
     present      [B, C] bool or number; each (image, class) with present > 0 is a pair.
     grid         (h, w), h * w = N.
     radius       masks are cut to this disc (grid units) before they are binarised; None: no disc.
@@ -88,6 +89,7 @@ def select_regions(
     checks.shape("select_regions", "mask_logits", mask_logits, b, n, n)
     checks.shape("select_regions", "present", present, b, c)
     checks.floating("select_regions", mask_logits=mask_logits, scores=scores)
+    checks.real("select_regions", present=present)
     checks.same_device("select_regions", mask_logits=mask_logits, scores=scores, present=present)
     grid = checks.grid("select_regions", grid, n)
     if radius is not None:

@@ -17,8 +17,11 @@ PAIRS_AT_ONCE = 16  # bounds the memory of the binary masks: 16 * 300 * 1764 flo
 
 
 def candidates(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """scores [B, N, C] -> (relative scores [B, N, C], every class peaks at 1; winner [B, N], -1 for no class)."""
-    top = scores.amax(dim=1, keepdim=True)
+    """scores [B, N, C] -> (relative scores [B, N, C], every class peaks at 1; winner [B, N]).
+
+    A patch has no class, -1 or C, if no score of it is > 0 or one of its relative scores is NaN.
+    """
+    top = torch.where(scores.isnan(), -math.inf, scores).amax(dim=1, keepdim=True)
     relative = scores / torch.where(top > 0, top, torch.ones_like(top))
     best = relative.amax(dim=2, keepdim=True)
     classes = torch.arange(scores.shape[2], device=scores.device)

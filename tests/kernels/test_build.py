@@ -52,3 +52,5 @@ def test_setup_without_a_compiler_still_installs():
 def test_setup_refuses_a_wrong_switch():
     code, text = setup_says(WSSS_CUDA="yes")
     assert code != 0 and "WSSS_CUDA must be 0 or 1, got 'yes'" in text
+    code, text = setup_says(WSSS_SANITIZE="adress")
+    assert code != 0 and "WSSS_SANITIZE must be a list of address, undefined, leak, thread; got 'adress'" in text

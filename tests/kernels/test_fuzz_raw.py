@@ -1,0 +1,184 @@
+"""Random arguments for torch.ops.wsss.*, past the checks of the public functions: a result or an exception, no crash.
+
+WSSS_FUZZ_EXAMPLES as in test_fuzz.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import available_backends
+from tests.kernels.fuzzing import (
+    BIG,
+    FLOATS,
+    INTS,
+    SIGMAS,
+    SIZES,
+    bools,
+    fuzz,
+    or_other,
+    tensors,
+    threads,
+    wanted_or_any,
+)
+
+KINDS = ("tame", "unit", "zero", "steps", "huge", "denormal", "broken")
+WEIGHTS = st.floats(allow_nan=True, allow_infinity=True)
+pytestmark = pytest.mark.skipif("native" not in available_backends("par"), reason="kernels._C is not built")
+
+
+def floats(shape, dtypes=(torch.float32,)):
+    return wanted_or_any(tensors(shape, KINDS, dtypes))
+
+
+def small(low, high):
+    """Numbers that an op takes; now and then any other of int64."""
+    return or_other(st.integers(low, high), INTS)
+
+
+@st.composite
+def par(draw):
+    b, c, h, w = draw(st.tuples(st.integers(0, 2), st.integers(0, 5), SIZES, st.integers(0, 35)))
+    dilations = draw(st.lists(small(1, 24), min_size=0, max_size=draw(st.sampled_from((3, 3, 40)))))
+    place = draw(st.lists(WEIGHTS, max_size=3)) if draw(st.integers(0, 9)) == 0 else [0.1] * (8 * len(dilations))
+    iterations = draw(st.sampled_from((-(2**63), -1, 0, 1, 2)))
+    return draw(floats((b, 3, h, w))), draw(floats((b, c, h, w))), dilations, place, iterations
+
+
+@st.composite
+def dense_crf(draw):
+    b, k, h, w = draw(st.tuples(st.integers(0, 3), st.integers(0, 20), SIZES, st.integers(0, 20)))
+    unary, image = draw(floats((b, k, h, w))), draw(floats((b, 3, h, w)))
+    numbers = [draw(SIGMAS), draw(WEIGHTS), draw(SIGMAS), draw(SIGMAS), draw(WEIGHTS)]
+    sizes = draw(st.just([]) | st.lists(small(0, 9), min_size=2 * b, max_size=2 * b) | st.lists(INTS, max_size=5))
+    return unary, image, *numbers, draw(st.sampled_from((-(2**63), -1, 0, 1, 2))), draw(WEIGHTS), sizes
+
+
+@st.composite
+def lattice_filter(draw):
+    b, k, h, w = draw(st.tuples(st.integers(0, 3), st.integers(0, 20), SIZES, st.integers(0, 20)))
+    return draw(floats((b, 3, h, w))), draw(floats((b, k, h, w))), draw(SIGMAS), draw(SIGMAS)
+
+
+@st.composite
+def random_walk(draw):
+    b, c, h, w = draw(st.tuples(st.integers(0, 3), st.integers(0, 6), SIZES, st.integers(0, 35)))
+    tails = draw(st.just([]) | st.lists(WEIGHTS, max_size=4))
+    steps = draw(st.sampled_from((-1, 0, 1, 3, BIG)))
+    beta = draw(WEIGHTS | st.just(10.0))
+    rest = draw(small(1, 16)), beta, steps, tails, draw(st.booleans())
+    return draw(floats((b, c, h, w))), draw(floats((b, h, w))), *rest
+
+
+@st.composite
+def grids(draw):
+    """(h, w, N) with h * w = N most of the time, at times only when the product overflows."""
+    h, w = draw(st.tuples(st.integers(0, 5), st.integers(0, 6)))
+    wrong = st.tuples(INTS, INTS, st.just(h * w)) | st.just((BIG + 1, 4, 4)) | st.just((2**32, 2**32, 0))
+    return draw(or_other(st.just((h, w, h * w)), wrong))
+
+
+@st.composite
+def radius_mask(draw):
+    h, w, n = draw(grids())
+    b = draw(st.integers(0, 2))
+    return draw(floats((b, n, n), FLOATS)), h, w, draw(small(-1, 30)), draw(st.booleans())
+
+
+@st.composite
+def radius_mask_backward(draw):
+    h, w, n = draw(grids())
+    shape, dtype = (draw(st.integers(0, 2)), n, n), (draw(st.sampled_from(FLOATS)),)
+    return draw(floats(shape, dtype)), draw(floats(shape, dtype)), h, w, draw(small(-1, 30)), draw(st.booleans())
+
+
+@st.composite
+def dilate_regions(draw):
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 12), SIZES, st.integers(0, 140)))
+    return draw(wanted_or_any(bools(shape))), draw(small(-1, 200)), draw(st.booleans())
+
+
+def pair_lists(num_pairs, images, classes):
+    image, label = st.integers(0, max(images - 1, 0)), st.integers(0, max(classes - 1, 0))
+    row = st.tuples(or_other(image, INTS, 20), or_other(label, INTS, 20))
+    rows = st.lists(row, min_size=num_pairs, max_size=num_pairs)
+    return wanted_or_any(rows.map(lambda r: torch.tensor(r, dtype=torch.int64).view(-1, 2)))
+
+
+@st.composite
+def select_regions(draw):
+    h, w, n = draw(grids())
+    b, c, p = draw(st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 4)))
+    numbers = [draw(small(-1, 30)), draw(WEIGHTS), draw(WEIGHTS), draw(WEIGHTS)]
+    # Larger ones allocate what they are asked for.
+    max_seeds, top = draw(st.sampled_from((-1, 0, 1, 3, 40, BIG))), draw(small(1, 20))
+    tensors_ = draw(floats((b, n, n), FLOATS)), draw(floats((b, n, c))), draw(pair_lists(p, b, c))
+    return *tensors_, h, w, *numbers, max_seeds, top
+
+
+OUT_SIZES = st.sampled_from((-1, 0, 1, 2, 7, 8, 9, 33, BIG))
+
+
+@st.composite
+def max_upsampled_masks(draw):
+    h, w, n = draw(grids())
+    b, p = draw(st.tuples(st.integers(0, 3), st.integers(0, 4)))
+    tensors_ = draw(floats((b, n, n), FLOATS)), draw(pair_lists(p, b, 5)), draw(wanted_or_any(bools((p, n))))
+    return *tensors_, h, w, draw(OUT_SIZES), draw(OUT_SIZES), draw(small(-1, 30))
+
+
+@st.composite
+def max_upsampled_masks_backward(draw):
+    h, w, n = draw(grids())
+    b, p, out_h, out_w = draw(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 20), st.integers(0, 20)))
+    make = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    high = draw(st.sampled_from((n, n, n + 1, 2**31 - 1)))  # an index too large is among them now and then
+    winner = torch.randint(-1, max(high, 1), (p, out_h, out_w), generator=make, dtype=torch.int32)
+    dtype = draw(st.sampled_from(FLOATS))
+    grad = draw(floats((p, out_h, out_w), (torch.float64 if dtype == torch.float64 else torch.float32,)))
+    logits = draw(floats((b, n, n), (dtype,)))
+    rest = draw(pair_lists(p, b, 5)), draw(wanted_or_any(bools((p, n))))
+    return grad, draw(wanted_or_any(st.just(winner))), logits, *rest, h, w, draw(small(-1, 30))
+
+
+ARGUMENTS = [
+    par,
+    dense_crf,
+    lattice_filter,
+    random_walk,
+    radius_mask,
+    radius_mask_backward,
+    dilate_regions,
+    select_regions,
+    max_upsampled_masks,
+    max_upsampled_masks_backward,
+]
+
+
+def test_every_op_is_here():
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("wsss::")}
+    assert registered == {f"wsss::{arguments.__name__}" for arguments in ARGUMENTS}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda f: f.__name__)
+def test_fuzz_raw(arguments):
+    op = getattr(torch.ops.wsss, arguments.__name__)
+    returned = 0
+
+    @fuzz
+    @given(arguments(), st.integers(1, 2))
+    def body(args, count):
+        nonlocal returned
+        with threads(count):
+            try:
+                out = op(*args)
+            except Exception as error:
+                assert "INTERNAL ASSERT" not in str(error)
+                return
+        for x in out if isinstance(out, tuple) else (out,):
+            x.double().sum()
+        returned += 1
+
+    body()
+    assert returned > 0  # not only refusals

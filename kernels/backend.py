@@ -18,8 +18,8 @@ BACKENDS = ("reference", "native", "triton")
 # What `auto` tries, first to last. An op or a device not listed here has its reference alone.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "class_patch_contrast": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
-    "dense_crf": {"cpu": ("native", "reference")},
-    "dense_energy": {"cpu": ("native", "reference")},
+    "dense_crf": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "dense_energy": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "dilate_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "max_upsampled_masks": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},

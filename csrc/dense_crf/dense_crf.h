@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "device.h"
+
 namespace wsss {
 
 enum class Mode { fast, ring, exact };
@@ -36,5 +38,18 @@ void crf_softmax(float* rows, int64_t n, int64_t width, const float* base, const
 void crf_store(const float* rows, int64_t n, int64_t width, const int64_t* live, int64_t num_live,
                const int64_t* dropped, int64_t num_dropped, const float* unary, const float* top, const float* inverse,
                int64_t plane, float* out);
+
+// CUDA.
+struct DenseCrfBatch {
+  const float *unary, *image;  // [B, K, h, w], [B, 3, h, w] on the device
+  float* out;                  // as unary; 0 outside the images
+  int64_t batch, classes, h, w;
+  const int64_t* sizes;  // on the host: a height and a width per image; null: h and w
+  int64_t images_at_once;
+};
+
+// All marginals of the batch on `stream`; false if the features span too many cells. Waits for the device once per part
+// of the batch, to read the number of vertices, and once more for the number of live classes if prune > 0.
+bool dense_crf_cuda(const DenseCrfBatch& batch, const DenseCrfParams& params, DeviceMemory memory, DeviceStream stream);
 
 }  // namespace wsss

@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
 #include "dense_crf/dense_crf.h"
+#include "dense_crf/dense_crf_check.h"
 #include "dense_crf/messages.h"
 
 namespace wsss {
@@ -192,28 +192,11 @@ void one_image(const Frame& frame, const float* unary, const float* image, float
   field.run(p.iterations);
 }
 
-Mode mode_of(c10::string_view name) {
-  TORCH_CHECK_VALUE(name == "fast" || name == "ring" || name == "exact",
-                    "dense_crf: mode must be fast, ring or exact, got ", name);
-  return name == "fast" ? Mode::fast : name == "ring" ? Mode::ring : Mode::exact;
-}
-
 at::Tensor dense_crf_cpu(const at::Tensor& unary, const at::Tensor& image, double spatial_sigma, double spatial_weight,
                          double sigma_xy, double sigma_rgb, double weight, int64_t iterations, double prune,
                          at::IntArrayRef sizes, c10::string_view mode) {
-  check_float32(unary, 4, "dense_crf", "unary");
-  check_float32(image, 4, "dense_crf", "image");
+  check_dense_crf(unary, image, spatial_sigma, sigma_xy, sigma_rgb, iterations, sizes);
   const int64_t batch = unary.size(0), classes = unary.size(1), h = unary.size(2), w = unary.size(3);
-  TORCH_CHECK_VALUE(image.sizes() == at::IntArrayRef({batch, 3, h, w}), "dense_crf: image does not fit unary ",
-                    unary.sizes());
-  TORCH_CHECK_VALUE(spatial_sigma > 0 && sigma_xy > 0 && sigma_rgb > 0,
-                    "dense_crf: the standard deviations must be > 0");
-  TORCH_CHECK_VALUE(iterations >= 0, "dense_crf: iterations must be >= 0, got ", iterations);
-  TORCH_CHECK_VALUE(sizes.empty() || static_cast<int64_t>(sizes.size()) == 2 * batch,
-                    "dense_crf: sizes must be empty or hold a height and a width per image");
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    TORCH_CHECK_VALUE(sizes[i] >= 0 && sizes[i] <= (i % 2 ? w : h), "dense_crf: sizes must lie inside the batch");
-  }
   const auto energies = unary.contiguous(), colours = image.contiguous();
   auto out = sizes.empty() ? at::empty({batch, classes, h, w}, unary.options())
                            : at::zeros({batch, classes, h, w}, unary.options());

@@ -4,8 +4,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "check.h"
 #include "lattice/lattice.h"
+#include "lattice/lattice_filter_check.h"
 
 namespace wsss {
 namespace {
@@ -39,12 +39,8 @@ void filter_one(const float* image, const float* planes, float* out, int64_t cha
 }
 
 at::Tensor lattice_filter_cpu(const at::Tensor& image, const at::Tensor& planes, double sigma_xy, double sigma_rgb) {
-  check_float32(image, 4, "lattice_filter", "image");
-  check_float32(planes, 4, "lattice_filter", "planes");
+  check_lattice_filter(image, planes, sigma_xy, sigma_rgb);
   const int64_t batch = planes.size(0), channels = planes.size(1), h = planes.size(2), w = planes.size(3);
-  TORCH_CHECK_VALUE(image.sizes() == at::IntArrayRef({batch, 3, h, w}), "lattice_filter: image does not fit planes ",
-                    planes.sizes());
-  TORCH_CHECK_VALUE(sigma_xy > 0 && sigma_rgb > 0, "lattice_filter: the standard deviations must be > 0");
   const auto colours = image.contiguous(), values = planes.contiguous();
   auto out = at::empty({batch, channels, h, w}, planes.options());
   if (out.numel() == 0) return out;

@@ -118,7 +118,9 @@ def dense_crf(
         # the extremes show NaN and infinity, several times cheaper than isfinite of every value
         if x.numel() > 0 and x.is_floating_point() and not torch.stack(x.aminmax()).isfinite().all():
             raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
-    run = choose("dense_crf", unary.device, backend, pass_over=("native",) if unary.dtype == torch.float64 else ())
+    # fp64, and on a GPU ring and exact, are for the reference
+    no_native = unary.dtype == torch.float64 or (unary.device.type == "cuda" and mode != "fast")
+    run = choose("dense_crf", unary.device, backend, pass_over=("native",) if no_native else ())
     return run(unary, image, spatial, bilateral, iterations, mode, prune, sizes)
 
 

@@ -413,3 +413,54 @@ def test_direct_call_is_checked():
         torch.ops.wsss.dense_crf(unary, image, 0.0, *rest[1:], [])
     with pytest.raises(ValueError, match="lattice: the features span too many cells"):
         torch.ops.wsss.dense_crf(unary, image * torch.nan, *rest, [])
+
+
+@pytest.mark.gpu
+class TestOnTheGpu:
+    """The kernels themselves run in test_lattice_serial.py without a GPU."""
+
+    @pytest.mark.parametrize("size", [(24, 31), (1, 40), (1, 1), (61, 83)])
+    @pytest.mark.parametrize("k", [1, 3, 4, 21, 51])
+    def test_equals_the_reference_in_fp64(self, size, k):
+        unary, image = scene(2, k, *size) if k > 1 else (torch.rand(2, 1, *size), 255 * torch.rand(2, 3, *size))
+        image = image.float() + torch.rand(image.shape)  # away from ties of the lattice cells
+        settings = {"spatial": (3.1, 3.0), "bilateral": (40.3, 17.7, 6.0), "iterations": 3}
+        for prune in (0.0, 1e-3):
+            want = dense_crf(unary.double(), image.double(), **settings, prune=prune, backend="reference")
+            got = dense_crf(unary.cuda(), image.cuda(), **settings, prune=prune, backend="native")
+            assert got.dtype == torch.float32
+            assert (got.cpu() - want).abs().max() < 1e-4
+
+    def test_equals_the_cpu_at_ties(self):
+        unary, image = scene(2, 5, 61, 83)
+        want = dense_crf(unary, image, iterations=3, backend="native")
+        got = dense_crf(unary.cuda(), image.cuda(), iterations=3, backend="native")
+        assert (got.cpu() - want).abs().max() < 5e-4 and (got.cpu() - want).abs().mean() < 2e-6
+
+    def test_twenty_runs_batch_position_and_sizes(self):
+        unary, image = few_alive(3, 9, 61, 83)
+        unary, image = unary.cuda(), image.cuda()
+        sizes = [(61, 83), (40, 83), (61, 20)]
+        settings = {"prune": 1e-3, "backend": "native"}
+        want = dense_crf(unary, image, sizes=sizes, **settings)
+        for _ in range(20):
+            assert torch.equal(want, dense_crf(unary, image, sizes=sizes, **settings))
+        order = [2, 0, 1]
+        moved = dense_crf(unary[order], image[order], sizes=[sizes[i] for i in order], **settings)
+        assert torch.equal(want[order], moved)
+        for n, (h, w) in enumerate(sizes):
+            alone = dense_crf(unary[n : n + 1, :, :h, :w], image[n : n + 1, :, :h, :w], **settings)
+            assert torch.equal(want[n, :, :h, :w], alone[0])
+
+    def test_default_backend_stream_errors_and_empty(self):
+        unary, image = (x.cuda() for x in scene(2, 3, 11, 14))
+        want = dense_crf(unary, image, backend="native")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = dense_crf(unary, image)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(want, got)
+        with pytest.raises(ValueError, match="lattice: the features span too many cells"):
+            dense_crf(unary, image, bilateral=(80.0, 0.01, 10.0), backend="native")
+        assert dense_crf(unary[:0], image[:0], backend="native").shape == (0, 3, 11, 14)

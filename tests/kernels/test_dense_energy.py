@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import available_backends, dense_energy
+from kernels.dense_energy import reference
 from kernels.lattice import Lattice, pixel_features
 
 
@@ -242,3 +243,36 @@ def test_filter_opcheck_compile_layout_empty():
         op(args[0][..., :4], *args[1:])
     with pytest.raises(ValueError, match="lattice_filter: the standard deviations must be > 0"):
         op(*args[:2], 0.0, 15.0)
+
+
+@pytest.mark.gpu
+class TestOnTheGpu:
+    """The kernels themselves run in test_lattice_serial.py without a GPU."""
+
+    @pytest.mark.parametrize("shape", [(2, 3, 20, 31), (1, 8, 1, 17), (2, 2, 1, 1), (1, 33, 12, 10), (2, 21, 112, 112)])
+    def test_filter_equals_the_reference_in_fp64(self, shape):
+        b, _, h, w = shape
+        image, planes = 255 * torch.rand(b, 3, h, w), torch.rand(shape)
+        want = reference.kernel_sums(image.double(), planes.double(), 40.3, 17.7, "lattice")
+        got = torch.ops.wsss.lattice_filter(image.cuda(), planes.cuda(), 40.3, 17.7).cpu()
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()  # fp32 coordinates carry 3e-5
+
+    def test_value_and_gradient(self):
+        args = example(2, 21, 60, 64, dtype=torch.float32)
+        want = value_and_grad(*args, backend="native")
+        got = value_and_grad(*(x.cuda() for x in args))
+        for ours, cpu in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.cpu(), cpu, rtol=1e-4, atol=1e-12)
+
+    def test_twenty_runs_and_batch_position(self):
+        image, planes = 255 * torch.rand(3, 3, 61, 83).cuda(), torch.rand(3, 21, 61, 83).cuda()
+        image[0] = 90.0  # vertices with thousands of entries
+        run = lambda i, p: torch.ops.wsss.lattice_filter(i, p, 50.0, 15.0)  # noqa: E731
+        want = run(image, planes)
+        for _ in range(20):
+            assert torch.equal(want, run(image, planes))
+        order = [2, 0, 1]
+        assert torch.equal(want[order], run(image[order], planes[order]))
+        assert torch.equal(want[1:2], run(image[1:2], planes[1:2]))
+        with pytest.raises(ValueError, match="lattice: the features span too many cells"):
+            torch.ops.wsss.lattice_filter(image, planes, 50.0, 1e-4)

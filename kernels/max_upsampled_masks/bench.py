@@ -38,9 +38,7 @@ def once(name: str, logits: torch.Tensor, selection: RegionSelection, backend: s
     """The maps and, where the case says so, the gradient."""
     _, h, w, _, _, radius, backward = SHAPES[name]
     logits = logits.detach().requires_grad_(backward)
-    out = max_upsampled_masks(
-        logits, selection, grid=(h, w), size=(16 * h, 16 * w), radius=radius, backend=backend
-    )
+    out = max_upsampled_masks(logits, selection, grid=(h, w), size=(16 * h, 16 * w), radius=radius, backend=backend)
     return [out.detach(), *(torch.autograd.grad(out, logits, torch.ones_like(out)) if backward else ())]
 
 

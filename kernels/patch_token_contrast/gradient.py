@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("wsss::contrast_backward", mutates_args=())
+@torch.library.custom_op("wsss_python::contrast_backward", mutates_args=())
 def contrast_backward(grad: Tensor, gradient: Tensor, tokens: Tensor) -> Tensor:
     """grad * gradient in the dtype of `tokens`."""
     return (grad * gradient).to(tokens.dtype)

@@ -21,7 +21,8 @@ fuzz = settings(
 )
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DTYPES = (*FLOATS, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64)
+INTEGERS = (torch.uint8, torch.int32, torch.int64)
+DTYPES = (*FLOATS, *INTEGERS, torch.bool, torch.complex64)
 BIG = 2**62
 SIZES = st.sampled_from((0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 12))
 # For raw calls: wrong numbers and the ends of int64, where products overflow.

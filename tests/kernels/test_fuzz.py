@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 import kernels
 from kernels import available_backends
 from kernels.backend import AUTO
-from tests.kernels.fuzzing import FLOATS, METRICS, RADII, SIZES, anything, bools, fuzz, or_other, tensors, threads
+from tests.kernels.fuzzing import (
+    FLOATS,
+    INTEGERS,
+    METRICS,
+    RADII,
+    SIZES,
+    anything,
+    bools,
+    fuzz,
+    or_other,
+    tensors,
+    threads,
+)
 
 FINITE = ("tame", "unit", "zero", "steps", "huge", "denormal")
 HALF_OR_SINGLE = FLOATS[:3]
@@ -85,6 +97,7 @@ def test_fuzz_dense_crf(data, count, spoil):
         "bilateral": data.draw(st.tuples(sigma, sigma, st.sampled_from((0.0, 4.0)))),
         "iterations": data.draw(st.integers(0, 3)),
         "prune": data.draw(st.sampled_from((0.0, 0.0, 1e-3, 0.1))),
+        "mode": data.draw(st.sampled_from(("fast", "ring", "exact"))),
         "sizes": sizes,
     }
     with threads(count):
@@ -248,3 +261,39 @@ def test_fuzz_max_upsampled_masks(data, count, spoil):
     if n > 0:
         twin = logits.detach().double()
         same(out, kernels.max_upsampled_masks(twin, selection, backend="reference", **options), 0, 2e-6)
+
+
+@fuzz
+@given(st.data(), st.integers(1, 2), spoils(2))
+def test_fuzz_patch_token_contrast(data, count, spoil):
+    b, n, d = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 40)))
+    tokens = data.draw(tensors((b, n, d), ("tame", "unit", "zero"), HALF_OR_SINGLE)).detach().requires_grad_()
+    labels = data.draw(tensors((b, n), ("steps",), INTEGERS))
+    ignore = data.draw(st.sampled_from((0, 1, 255)))
+    with threads(count):
+        loss = call("patch_token_contrast", tokens, labels, spoil=spoil, ignore_index=ignore)
+        if spoil is not None:
+            return
+        (grad,) = torch.autograd.grad(loss, tokens)
+    assert loss.shape == () and grad.shape == tokens.shape and grad.dtype == tokens.dtype
+    all_finite(loss, grad)
+    want = kernels.patch_token_contrast(tokens.double(), labels, ignore_index=ignore, backend="reference")
+    same(loss, want, 1e-6, 1e-6)
+
+
+@fuzz
+@given(st.data(), st.integers(1, 2), spoils(4))
+def test_fuzz_class_patch_contrast(data, count, spoil):
+    b, c, n, d = data.draw(st.tuples(*(st.integers(0, high) for high in (3, 20, 70, 40))))
+    tokens = data.draw(tensors((b, c, d), ("tame", "unit", "zero"), HALF_OR_SINGLE)).detach().requires_grad_()
+    patches = data.draw(tensors((b, n, d), ("tame", "unit", "zero"), HALF_OR_SINGLE))
+    labels, present = data.draw(tensors((b, n), ("steps",), INTEGERS)), data.draw(bools((b, c), 0.5))
+    with threads(count):
+        loss = call("class_patch_contrast", tokens, patches, labels, present, spoil=spoil)
+        if spoil is not None:
+            return
+        (grad,) = torch.autograd.grad(loss, tokens)
+    assert loss.shape == () and grad.shape == tokens.shape and grad.dtype == tokens.dtype
+    all_finite(loss, grad)
+    want = kernels.class_patch_contrast(tokens.double(), patches.double(), labels, present, backend="reference")
+    same(loss, want, 1e-6, 1e-6)

@@ -12,6 +12,7 @@ from kernels import available_backends
 from tests.kernels.fuzzing import (
     BIG,
     FLOATS,
+    INTEGERS,
     INTS,
     SIGMAS,
     SIZES,
@@ -52,7 +53,29 @@ def dense_crf(draw):
     unary, image = draw(floats((b, k, h, w))), draw(floats((b, 3, h, w)))
     numbers = [draw(SIGMAS), draw(WEIGHTS), draw(SIGMAS), draw(SIGMAS), draw(WEIGHTS)]
     sizes = draw(st.just([]) | st.lists(small(0, 9), min_size=2 * b, max_size=2 * b) | st.lists(INTS, max_size=5))
-    return unary, image, *numbers, draw(st.sampled_from((-(2**63), -1, 0, 1, 2))), draw(WEIGHTS), sizes
+    rest = draw(st.sampled_from((-(2**63), -1, 0, 1, 2))), draw(WEIGHTS), sizes
+    return unary, image, *numbers, *rest, draw(st.sampled_from(("fast", "fast", "ring", "exact", "", "Fast")))
+
+
+@st.composite
+def gaussian_filter(draw):
+    b, k, h, w = draw(st.tuples(st.integers(0, 3), st.integers(0, 20), SIZES, st.integers(0, 20)))
+    return draw(floats((b, 3, h, w))), draw(floats((b, k, h, w))), draw(SIGMAS), draw(SIGMAS)
+
+
+@st.composite
+def patch_token_contrast(draw):
+    b, n, d = draw(st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 40)))
+    labels = wanted_or_any(tensors((b, n), ("steps",), INTEGERS))
+    return draw(floats((b, n, d), FLOATS)), draw(labels), draw(small(-2, 255)), draw(st.booleans())
+
+
+@st.composite
+def class_patch_contrast(draw):
+    b, c, n, d = draw(st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 70), st.integers(0, 40)))
+    tokens = draw(floats((b, c, d), FLOATS)), draw(floats((b, n, d), FLOATS))
+    labels = draw(wanted_or_any(tensors((b, n), ("steps",), INTEGERS)))
+    return *tokens, labels, draw(wanted_or_any(bools((b, c)))), draw(small(-2, 255)), draw(st.booleans())
 
 
 @st.composite
@@ -146,6 +169,9 @@ ARGUMENTS = [
     par,
     dense_crf,
     lattice_filter,
+    gaussian_filter,
+    patch_token_contrast,
+    class_patch_contrast,
     random_walk,
     radius_mask,
     radius_mask_backward,

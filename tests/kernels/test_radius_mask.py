@@ -139,9 +139,7 @@ def test_dtype_layout_empty_repeat(dtype, backend):
 @each_backend
 def test_compile_fullgraph(backend):
     logits = torch.randn(2, 6, 6, requires_grad=True)
-    run = torch.compile(
-        lambda x: radius_mask(x, (2, 3), 1.5, backend=backend) * 2, fullgraph=True, backend="aot_eager"
-    )
+    run = torch.compile(lambda x: radius_mask(x, (2, 3), 1.5, backend=backend) * 2, fullgraph=True, backend="aot_eager")
     want = radius_mask(logits, (2, 3), 1.5, backend=backend) * 2
     assert torch.equal(run(logits), want)
     grads = [torch.autograd.grad(out.sum(), logits)[0] for out in (run(logits), want)]

@@ -84,9 +84,7 @@ class TestGolden:
 
     y, x = torch.meshgrid(torch.arange(6.0).double(), torch.arange(7.0).double(), indexing="ij")
     edges = ((3 * y + 5 * x) % 7 / 10)[None]
-    cams = torch.stack(
-        [torch.exp(-((y - 1) ** 2 + (x - 1) ** 2) / 4), torch.exp(-((y - 4) ** 2 + (x - 5) ** 2) / 6)]
-    )
+    cams = torch.stack([torch.exp(-((y - 1) ** 2 + (x - 1) ** 2) / 4), torch.exp(-((y - 4) ** 2 + (x - 5) ** 2) / 6)])
     seeds = (cams * (1 - edges))[None]
 
     def test_geometry(self):
@@ -321,9 +319,7 @@ def test_second_derivative_of_native():
     out = random_walk(seeds, edges, log2_steps=2, backend="native").square()
     (grad,) = torch.autograd.grad((out * y).sum(), seeds, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), seeds)  # 2 A^T (y * A 1), and A 1 = 1
-    (want,) = torch.autograd.grad(
-        (random_walk(seeds, edges, log2_steps=2, backend="native") * 2 * y).sum(), seeds
-    )
+    (want,) = torch.autograd.grad((random_walk(seeds, edges, log2_steps=2, backend="native") * 2 * y).sum(), seeds)
     torch.testing.assert_close(second, want, rtol=1e-5, atol=1e-6)
 
 

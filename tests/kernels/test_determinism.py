@@ -1,4 +1,5 @@
-"""Equal bits for every op: 20 runs on one and on two threads, and a sample at each position of a batch."""
+"""Equal bits for every op: 20 runs on one and on two threads, and a sample at each position of a batch. The other modes
+of dense_crf: test_dense_crf_modes.py."""
 
 import functools
 import hashlib
@@ -15,8 +16,6 @@ ORDERS = ([0, 1, 2], [2, 0, 1], [1, 2, 0])  # sample 0 comes first, second, thir
 # A reference is plain torch, where even a sigmoid may have other bits in a vector than at the end of a thread's share:
 # it promises equal bits on one thread. Those of these two are decisions and counts.
 STEADY_REFERENCES = {"dilate_regions", "select_regions"}
-# Ops that may have no native code, and so no row in AUTO.
-REFERENCE_ALONE = {"class_patch_contrast", "patch_token_contrast"}
 
 
 # The inputs are made once: plain torch may give other bits on other threads.
@@ -150,7 +149,7 @@ def on_threads():
 
 
 def test_every_op_is_here():
-    assert {case.split(",")[0] for case in CASES} == {*AUTO} | REFERENCE_ALONE
+    assert {case.split(",")[0] for case in CASES} == {*AUTO}
 
 
 @pytest.mark.parametrize(("case", "backend"), BACKENDS)

@@ -1,13 +1,14 @@
 """Benchmark cases of dense_crf: 10 iterations at the settings of pydensecrf's examples, `few` with prune = 1e-3.
 
-`python -m kernels.dense_crf.bench [case ...]` compares mode="fast" with pydensecrf, where that is installed: process
-time of one thread, in turn; wall time with one and two threads; growth of the largest resident size, each in a process
-of its own.
+`python -m kernels.dense_crf.bench [case ...]` compares mode="fast" with pydensecrf, where that is installed, on the
+three photographs of accuracy.py, each with its setting: process time of one thread, in turn, and labels that differ;
+wall time with one and two threads; growth of the largest resident size, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import resource
 import statistics
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from kernels.dense_crf.accuracy import PHOTOGRAPHS, photograph
 from kernels.dense_crf.op import dense_crf
 
 # name: (B, K, H, W, classes alive)
@@ -32,17 +34,22 @@ SHAPES = {
 }
 TOLERANCE = 1e-3  # against fp64 without pruning; at ties of the lattice cells fp32 may take the other cell
 ITERATIONS = 10
-SETTINGS = ((80.0, 13.0, 10.0), (50.0, 5.0, 10.0))
+BILATERAL = (80.0, 13.0, 10.0)
 ROUNDS = 5
 
 
-def inputs(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Unary, image and prune: coarse fields plus noise; classes that are not alive stay near 1e-5."""
+@functools.cache
+def inputs(name: str, device: torch.device, kind: str | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Unary, image and prune: coarse fields plus noise; classes that are not alive stay near 1e-5. `kind`: the image is
+    this photograph of accuracy.py instead.
+    """
     b, k, h, w, alive = SHAPES[name]
     make = torch.Generator().manual_seed(0)
     coarse = F.interpolate(torch.rand(b, 3, 6, 8, generator=make), (h, w), mode="bilinear") * 200
     fine = F.interpolate(torch.rand(b, 3, h // 4, w // 4, generator=make), (h, w), mode="bilinear") * 40
     image = (coarse + fine + 10 * torch.rand(b, 3, h, w, generator=make)).round().to(torch.uint8)
+    if kind is not None:
+        image = photograph(kind, (h, w))[0].expand(b, 3, h, w).contiguous()
     scores = 3 * F.interpolate(torch.randn(b, k, 9, 11, generator=make), (h, w), mode="bilinear")
     scores[:, alive:] -= 25
     unary = -scores.softmax(1).clamp_min(1e-5).log()
@@ -56,24 +63,22 @@ def check(name: str, device: torch.device, backend: str) -> float:
     return (dense_crf(unary, image, iterations=ITERATIONS, prune=prune, backend=backend) - want).abs().max().item()
 
 
-def run(
-    name: str, device: torch.device, backend: str, bilateral: tuple[float, float, float] = SETTINGS[0]
-) -> Callable[[], torch.Tensor]:
+def run(name: str, device: torch.device, backend: str, kind: str | None = None) -> Callable[[], torch.Tensor]:
     """A function without arguments that runs the op once."""
-    unary, image, prune = inputs(name, device)
+    unary, image, prune = inputs(name, device, kind)
+    bilateral = PHOTOGRAPHS[kind][0] if kind else BILATERAL
     return lambda: dense_crf(unary, image, bilateral=bilateral, iterations=ITERATIONS, prune=prune, backend=backend)
 
 
-def peers(
-    name: str, device: torch.device, bilateral: tuple[float, float, float] = SETTINGS[0]
-) -> dict[str, Callable[[], torch.Tensor]]:
+def peers(name: str, device: torch.device, kind: str | None = None) -> dict[str, Callable[[], torch.Tensor]]:
     """Functions without arguments that do the same by other packages, those installed alone."""
     if device.type != "cpu" or importlib.util.find_spec("pydensecrf") is None:
         return {}
     import numpy as np
     import pydensecrf.densecrf as peer
 
-    unary, image, _ = inputs(name, device)
+    unary, image, _ = inputs(name, device, kind)
+    bilateral = PHOTOGRAPHS[kind][0] if kind else BILATERAL
     b, k, h, w, _ = SHAPES[name]
     energies = unary.reshape(b, k, -1).numpy()
     pixels = image.permute(0, 2, 3, 1).contiguous().numpy()
@@ -143,15 +148,15 @@ def main() -> None:
         if options.peak:
             print(peak(name, options.peak))
             continue
-        for setting in SETTINGS:
-            functions = {"native": run(name, cpu, "native", setting)} | peers(name, cpu, setting)
+        for kind in PHOTOGRAPHS:
+            functions = {"native": run(name, cpu, "native", kind)} | peers(name, cpu, kind)
             text = [f"{who} {ms:.0f} ms" for who, ms in in_turn(functions, time.process_time).items()]
             if len(functions) > 1:
                 ours, theirs = (function().argmax(1) for function in functions.values())
                 text.append(f"labels that differ {100 * (ours != theirs).float().mean().item():.4f} %")
             counts = {f"{n} threads": with_threads(n, functions["native"]) for n in (1, 2)}
             text += [f"wall {n} {ms:.0f} ms" for n, ms in in_turn(counts, time.perf_counter).items()]
-            print(f"{name} {setting}: {', '.join(text)}", flush=True)
+            print(f"{name} {kind} {PHOTOGRAPHS[kind][0]}: {', '.join(text)}", flush=True)
         text = [f"{who} {peak_elsewhere(name, who):.0f} MiB" for who in ("native", *peers(name, cpu))]
         print(f"{name}: memory {', '.join(text)}", flush=True)
 

@@ -13,6 +13,12 @@ from wsss_dist.config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TARGETS = ("quickstart", "test", "bench", "lint", "setup")
+# The environment variables of our own that something reads.
+SETTINGS = {
+    name
+    for path in ("setup.py", "tests/kernels/fuzzing.py")
+    for name in re.findall(r"""environ\.(?:get\(|setdefault\(|)\[?["'](WSSS_\w+)""", (ROOT / path).read_text())
+}
 MADE_LATER = ("runs/", ".venv/", "data/", "mydata")
 
 
@@ -33,6 +39,9 @@ def test_there_are_commands():
 @pytest.mark.parametrize(("document", "command"), ALL)
 def test_command(document, command):
     words = shlex.split(command, comments=True)
+    while "=" in words[0]:  # environment for the command behind it
+        name = words.pop(0).split("=")[0]
+        assert not name.startswith("WSSS_") or name in SETTINGS, f"{document}: nothing reads {name}"
     known = {"make", "deepspeed", "torchrun", "python", "source"}
     assert words[0] in known, f"{document}: {words[0]} is new here; add how to check it"
     if words[0] == "make":

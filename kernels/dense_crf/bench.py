@@ -2,7 +2,7 @@
 
 `python -m kernels.dense_crf.bench [case ...]` compares mode="fast" with pydensecrf, where that is installed, on the
 three photographs of accuracy.py, each with its setting: process time of one thread, in turn, and labels that differ;
-wall time with one and two threads; growth of the largest resident size, each in a process of its own.
+wall time with one and two threads; growth of the resident memory of the process at its peak.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 
 from kernels.dense_crf.accuracy import PHOTOGRAPHS, photograph
 from kernels.dense_crf.op import dense_crf
+from kernels.measure import peak_bytes
 
 # name: (B, K, H, W, classes alive)
 SHAPES = {
@@ -122,32 +120,13 @@ def with_threads(count: int, function: Callable) -> Callable:
     return call
 
 
-def peak(name: str, who: str) -> float:
-    """Growth of the largest resident size in MiB, in this process."""
-    cpu = torch.device("cpu")
-    functions = peers(name, cpu) | {"native": run(name, cpu, "native")}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    functions[who]()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def peak_elsewhere(name: str, who: str) -> float:
-    """The same in a new process."""
-    command = [sys.executable, "-m", "kernels.dense_crf.bench", "--peak", who, name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # noqa: S603
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.dense_crf.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("case", nargs="*", help=f"any of: {', '.join(SHAPES)}; default: all")
-    parser.add_argument("--peak", metavar="WHO", help="print the memory in MiB that native or a peer takes, no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     for name in options.case or SHAPES:
-        if options.peak:
-            print(peak(name, options.peak))
-            continue
         for kind in PHOTOGRAPHS:
             functions = {"native": run(name, cpu, "native", kind)} | peers(name, cpu, kind)
             text = [f"{who} {ms:.0f} ms" for who, ms in in_turn(functions, time.process_time).items()]
@@ -157,8 +136,10 @@ def main() -> None:
             counts = {f"{n} threads": with_threads(n, functions["native"]) for n in (1, 2)}
             text += [f"wall {n} {ms:.0f} ms" for n, ms in in_turn(counts, time.perf_counter).items()]
             print(f"{name} {kind} {PHOTOGRAPHS[kind][0]}: {', '.join(text)}", flush=True)
-        text = [f"{who} {peak_elsewhere(name, who):.0f} MiB" for who in ("native", *peers(name, cpu))]
-        print(f"{name}: memory {', '.join(text)}", flush=True)
+        functions = {"native": run(name, cpu, "native")} | peers(name, cpu)
+        peaks = {who: peak_bytes(function, cpu) for who, function in functions.items()}
+        text = [f"{who} {peak / 2**20:.0f} MiB" for who, peak in peaks.items() if peak is not None]
+        print(f"{name}: memory at the peak {', '.join(text)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_benchmark_cases(monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "tiny", (2, 5, 20, 24, 3))
     assert bench.check("tiny", cpu, "native") < 1e-2  # pruned, after 10 iterations
     ours = bench.run("tiny", cpu, "native")()
-    assert ours.shape == (2, 5, 20, 24) and bench.peak("tiny", "native") >= 0
+    assert ours.shape == (2, 5, 20, 24)
     for peer in bench.peers("tiny", cpu).values():
         assert (peer() - ours).abs().max() < 2e-2
     assert bench.cost("tiny") == (4 * 960 * 13, 10 * 960 * 3 * 46)

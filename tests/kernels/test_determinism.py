@@ -152,6 +152,15 @@ def test_every_op_is_here():
     assert {case.split(",")[0] for case in CASES} == {*AUTO}
 
 
+@pytest.mark.skipif("native" not in available_backends("par"), reason="kernels._C is not built")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_code_runs_on_the_threads_of_torch(threads, on_threads):
+    from kernels import _C
+
+    on_threads(threads)
+    assert _C.threads_in_use() == threads  # or equal bits on one and on two threads would mean nothing
+
+
 @pytest.mark.parametrize(("case", "backend"), BACKENDS)
 def test_runs_and_threads(case, backend, on_threads):
     found = set()

@@ -14,17 +14,9 @@
 #include <utility>
 #include <vector>
 
-#ifdef __CUDACC__
-#define WSSS_HOST_DEVICE __host__ __device__
-#else
-#define WSSS_HOST_DEVICE
-#endif
-
-struct CUstream_st;  // what cudaStream_t points to: lets CPU files read this header without the CUDA headers
+#include "host_device.h"
 
 namespace wsss {
-
-using DeviceStream = CUstream_st*;
 
 // Released memory may be handed out again to later work of the same stream.
 struct DeviceMemory {

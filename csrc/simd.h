@@ -29,21 +29,35 @@ WSSS_INLINE float sum_of_lanes(const Vec& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// exp(x) for x <= 0, relative error below 2e-7; 0 for x < -69 (1e-30), so that no product with it is denormal.
-WSSS_INLINE Vec exp_not_positive(const Vec& x) {
-  const Vec lowest = Vec{} - 69.0f;
-  const Vec y = larger(x, lowest);
+// exp(x) = p 2^k with k an integer, for |x| <= 89: p lies around 1, relative error below 2e-7.
+struct ExpParts {
+  Vec p;
+  IntVec k;
+};
+
+WSSS_INLINE ExpParts exp_parts(const Vec& x) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec k = (y * 1.44269504f + magic) - magic;
-  const Vec r = (y - k * 0.693359375f) + k * 2.12194440e-4f;
+  const Vec k = (x * 1.44269504f + magic) - magic;
+  const Vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
   Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const IntVec bits = (__builtin_convertvector(k, IntVec) + 127) << 23;
-  return x < lowest ? Vec{} : p * (Vec)bits;  // a cast between vector types keeps the bits
+  return {p * r * r + r + 1.0f, __builtin_convertvector(k, IntVec)};
+}
+
+// 2^k for -126 <= k <= 127, and 0 for -127.
+WSSS_INLINE Vec power_of_two(const IntVec& k) {
+  const IntVec bits = (k + 127) << 23;
+  return (Vec)bits;  // a cast between vector types keeps the bits
+}
+
+// exp(x) for x <= 0, relative error below 2e-7; 0 for x < -69 (1e-30), so that no product with it is denormal.
+WSSS_INLINE Vec exp_not_positive(const Vec& x) {
+  const Vec lowest = Vec{} - 69.0f;
+  const ExpParts e = exp_parts(larger(x, lowest));
+  return x < lowest ? Vec{} : e.p * power_of_two(e.k);
 }
 
 }  // namespace wsss

@@ -13,6 +13,6 @@ constexpr int64_t kDilateShared = 48 * 1024;
 
 // CUDA, on `stream`. seeds, out [maps, h, w] bool; scratch [maps, h, words] or null if h * words * 8 <= kDilateShared.
 void dilate_regions_cuda(const bool* seeds, bool* out, uint64_t* scratch, int64_t maps, int64_t h, int64_t w,
-                         const Disc& disc, RegionStream stream);
+                         const Disc& disc, DeviceStream stream);
 
 }  // namespace wsss

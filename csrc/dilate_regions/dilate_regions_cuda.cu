@@ -50,7 +50,7 @@ __global__ void _dilate_regions_kernel(const bool* __restrict__ seeds, bool* __r
 }  // namespace
 
 void dilate_regions_cuda(const bool* seeds, bool* out, uint64_t* scratch, int64_t maps, int64_t h, int64_t w,
-                         const Disc& disc, RegionStream stream) {
+                         const Disc& disc, DeviceStream stream) {
   const int words = static_cast<int>(words_of(w));
   const size_t bytes = scratch ? 0 : static_cast<size_t>(h) * words * 8;
   _dilate_regions_kernel<<<static_cast<unsigned>(maps), kThreads, bytes, stream>>>(seeds, out, scratch, h,

@@ -70,8 +70,8 @@ struct UpsampleArrays {
   int64_t images, num_pairs, h, w, out_h, out_w;
   Disc disc;
 };
-void max_upsampled_masks_cuda(const UpsampleArrays& a, void* best, int32_t* winner, RegionStream stream);
+void max_upsampled_masks_cuda(const UpsampleArrays& a, void* best, int32_t* winner, DeviceStream stream);
 void max_upsampled_masks_backward_cuda(const UpsampleArrays& a, const void* grad, const int32_t* winner, void* result,
-                                       RegionStream stream);
+                                       DeviceStream stream);
 
 }  // namespace wsss

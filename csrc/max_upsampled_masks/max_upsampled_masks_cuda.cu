@@ -123,7 +123,7 @@ __global__ void _max_upsampled_backward_kernel(UpsampleArrays a, const T* __rest
 }
 
 template <class S, class T>
-void launch(const UpsampleArrays& a, void* best, int32_t* winner, RegionStream stream) {
+void launch(const UpsampleArrays& a, void* best, int32_t* winner, DeviceStream stream) {
   const int64_t tiles = (a.out_w + kThreadsX - 1) / kThreadsX * ((a.out_h + kThreadsY - 1) / kThreadsY);
   for (int64_t first = 0; first < a.num_pairs; first += kMaxGridY) {
     const int64_t count = a.num_pairs - first < kMaxGridY ? a.num_pairs - first : kMaxGridY;
@@ -134,14 +134,14 @@ void launch(const UpsampleArrays& a, void* best, int32_t* winner, RegionStream s
 
 template <class S, class T>
 void launch_backward(const UpsampleArrays& a, const void* grad, const int32_t* winner, void* result,
-                     RegionStream stream) {
+                     DeviceStream stream) {
   _max_upsampled_backward_kernel<S, T><<<static_cast<unsigned>(a.images * a.h * a.w), kThreads, 0, stream>>>(
       a, static_cast<const T*>(grad), winner, static_cast<S*>(result));
 }
 
 }  // namespace
 
-void max_upsampled_masks_cuda(const UpsampleArrays& a, void* best, int32_t* winner, RegionStream stream) {
+void max_upsampled_masks_cuda(const UpsampleArrays& a, void* best, int32_t* winner, DeviceStream stream) {
   switch (a.type) {
     case Scalar::f32: return launch<float, float>(a, best, winner, stream);
     case Scalar::f64: return launch<double, double>(a, best, winner, stream);
@@ -151,7 +151,7 @@ void max_upsampled_masks_cuda(const UpsampleArrays& a, void* best, int32_t* winn
 }
 
 void max_upsampled_masks_backward_cuda(const UpsampleArrays& a, const void* grad, const int32_t* winner, void* result,
-                                       RegionStream stream) {
+                                       DeviceStream stream) {
   switch (a.type) {
     case Scalar::f32: return launch_backward<float, float>(a, grad, winner, result, stream);
     case Scalar::f64: return launch_backward<double, double>(a, grad, winner, result, stream);

@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "max_upsampled_masks/max_upsampled_masks.h"
-#include "radius_mask/lanes.h"
+#include "lanes.h"
 
 namespace wsss {
 namespace {

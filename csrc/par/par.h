@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-struct CUstream_st;  // what cudaStream_t points to: lets CPU files read this header without the CUDA headers
+#include "host_device.h"
 
 namespace wsss {
 
@@ -46,11 +46,10 @@ void par_weight_row(const float* image, const ParTaps& taps, const ParPadded& p,
 void par_sweep_row(const float* from, float* to, const float* weights, const ParTaps& taps, const ParPadded& p,
                    int64_t channels, int64_t y);
 
-using ParStream = CUstream_st*;
 // CUDA, on `stream`. image [B, 3, H, W], weights [B, n, H, W], maps [B, C, H, W].
 void par_weights_cuda(const float* image, const ParTaps& taps, int64_t batch, int64_t h, int64_t w, float* weights,
-                      ParStream stream);
+                      DeviceStream stream);
 void par_sweep_cuda(const float* from, float* to, const float* weights, const ParTaps& taps, int64_t batch,
-                    int64_t channels, int64_t h, int64_t w, ParStream stream);
+                    int64_t channels, int64_t h, int64_t w, DeviceStream stream);
 
 }  // namespace wsss

@@ -94,7 +94,7 @@ int64_t images_at_once(int64_t left) { return left < kMaxGridZ ? left : kMaxGrid
 }  // namespace
 
 void par_weights_cuda(const float* image, const ParTaps& taps, int64_t batch, int64_t h, int64_t w, float* weights,
-                      ParStream stream) {
+                      DeviceStream stream) {
   for (int64_t first = 0; first < batch; first += kMaxGridZ) {
     _par_weights_kernel<<<grid_of(images_at_once(batch - first), h, w), dim3(kThreadsX, kThreadsY), 0, stream>>>(
         image, taps, first, static_cast<int>(h), static_cast<int>(w), weights);
@@ -102,7 +102,7 @@ void par_weights_cuda(const float* image, const ParTaps& taps, int64_t batch, in
 }
 
 void par_sweep_cuda(const float* from, float* to, const float* weights, const ParTaps& taps, int64_t batch,
-                    int64_t channels, int64_t h, int64_t w, ParStream stream) {
+                    int64_t channels, int64_t h, int64_t w, DeviceStream stream) {
   for (int64_t first = 0; first < batch; first += kMaxGridZ) {
     _par_sweep_kernel<<<grid_of(images_at_once(batch - first), h, w), dim3(kThreadsX, kThreadsY), 0, stream>>>(
         from, to, weights, taps, first, static_cast<int>(channels), static_cast<int>(h), static_cast<int>(w));

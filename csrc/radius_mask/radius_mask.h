@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-struct CUstream_st;  // what cudaStream_t points to: lets CPU files read this header without the CUDA headers
+#include "host_device.h"
 
 namespace wsss {
 
@@ -71,11 +71,10 @@ void zero_spans(const std::vector<Span>& spans, float* to);
 void sigmoid_gradient_spans(const float* grad, const float* y, const std::vector<Span>& spans, float* to);
 
 enum class Scalar { f32, f64, f16, bf16 };
-using RegionStream = CUstream_st*;
 // CUDA, on `stream`. logits, out, grad and result [rows, N] of the given type; rows = B * N.
 void radius_mask_cuda(const void* logits, void* out, Scalar type, int64_t rows, int64_t h, int64_t w, const Disc& disc,
-                      RegionStream stream);
+                      DeviceStream stream);
 void radius_mask_backward_cuda(const void* grad, const void* out, void* result, Scalar type, int64_t rows, int64_t h,
-                               int64_t w, const Disc& disc, RegionStream stream);
+                               int64_t w, const Disc& disc, DeviceStream stream);
 
 }  // namespace wsss

@@ -52,7 +52,7 @@ __global__ void _radius_mask_kernel(const T* __restrict__ a, const T* __restrict
 
 template <class T, bool kBackward>
 void launch(const void* a, const void* b, void* out, int64_t rows, int64_t h, int64_t w, const Disc& disc,
-            RegionStream stream) {
+            DeviceStream stream) {
   _radius_mask_kernel<T, kBackward><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
       static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), static_cast<int>(h),
       static_cast<int>(w), disc);
@@ -60,7 +60,7 @@ void launch(const void* a, const void* b, void* out, int64_t rows, int64_t h, in
 
 template <bool kBackward>
 void launch_type(const void* a, const void* b, void* out, Scalar type, int64_t rows, int64_t h, int64_t w,
-                 const Disc& disc, RegionStream stream) {
+                 const Disc& disc, DeviceStream stream) {
   switch (type) {
     case Scalar::f32: return launch<float, kBackward>(a, b, out, rows, h, w, disc, stream);
     case Scalar::f64: return launch<double, kBackward>(a, b, out, rows, h, w, disc, stream);
@@ -72,12 +72,12 @@ void launch_type(const void* a, const void* b, void* out, Scalar type, int64_t r
 }  // namespace
 
 void radius_mask_cuda(const void* logits, void* out, Scalar type, int64_t rows, int64_t h, int64_t w, const Disc& disc,
-                      RegionStream stream) {
+                      DeviceStream stream) {
   launch_type<false>(logits, nullptr, out, type, rows, h, w, disc, stream);
 }
 
 void radius_mask_backward_cuda(const void* grad, const void* out, void* result, Scalar type, int64_t rows, int64_t h,
-                               int64_t w, const Disc& disc, RegionStream stream) {
+                               int64_t w, const Disc& disc, DeviceStream stream) {
   launch_type<true>(grad, out, result, type, rows, h, w, disc, stream);
 }
 

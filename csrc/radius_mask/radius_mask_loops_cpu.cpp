@@ -1,15 +1,14 @@
 // The sigmoid of the region ops on the CPU: no torch header.
 #include <cmath>
 
-#include "radius_mask/lanes.h"
+#include "lanes.h"
 #include "radius_mask/radius_mask.h"
+#include "simd.h"
 
 namespace wsss {
 namespace {
 
-using Vec = Lanes<float>::Vec;
 using Loose = Lanes<float>::Loose;
-using Index = Lanes<float>::Index;
 
 WSSS_INLINE void sigmoid_lanes(Vec& x) {
   // t = exp(-x) in two factors, so that it overflows to infinity only where exp does; a NaN stays one.
@@ -17,17 +16,8 @@ WSSS_INLINE void sigmoid_lanes(Vec& x) {
   const Vec lowest = Vec{} - 87.0f, highest = Vec{} + 88.8f;
   t = t < lowest ? lowest : t;
   t = t > highest ? highest : t;
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec k = (t * 1.44269504f + magic) - magic;
-  const Vec r = (t - k * 0.693359375f) + k * 2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Index bits = (__builtin_convertvector(k, Index) + 126) << 23;
-  t = (p + p) * (Vec)bits;  // a cast between vector types keeps the bits
+  const ExpParts e = exp_parts(t);
+  t = (e.p + e.p) * power_of_two(e.k - 1);
   x = 1.0f / (1.0f + t);
 }
 

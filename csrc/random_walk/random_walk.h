@@ -6,13 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define WSSS_HOST_DEVICE __host__ __device__
-#else
-#define WSSS_HOST_DEVICE
-#endif
-
-struct CUstream_st;  // what cudaStream_t points to: lets CPU files read this header without the CUDA headers
+#include "host_device.h"
 
 namespace wsss {
 
@@ -74,15 +68,14 @@ constexpr int64_t kWalkChannels = 4;
 void walk_step_row(const WalkGraph& graph, const WalkGrid& p, const WalkStep& step, int64_t channels, int64_t y,
                    const float* from, float* to, float* v, double* out);
 
-using WalkStream = CUstream_st*;
 // CUDA, on `stream`. edges [B, h, w], weights [B, n, h, w], degree [B, h, w], maps [B, C, h, w].
 void walk_weights_cuda(const float* edges, const WalkOffsets& offsets, float beta, int64_t batch, int64_t h, int64_t w,
-                       float* weights, float* degree, WalkStream stream);
+                       float* weights, float* degree, DeviceStream stream);
 // maps *= degree, or maps /= degree.
 void walk_scale_cuda(const float* degree, bool divide, int64_t batch, int64_t channels, int64_t h, int64_t w,
-                     float* maps, WalkStream stream);
+                     float* maps, DeviceStream stream);
 void walk_step_cuda(const float* weights, const float* degree, const WalkOffsets& offsets, const WalkStep& step,
                     int64_t batch, int64_t channels, int64_t h, int64_t w, const float* from, float* to, float* v,
-                    double* out, WalkStream stream);
+                    double* out, DeviceStream stream);
 
 }  // namespace wsss

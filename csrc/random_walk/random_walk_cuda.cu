@@ -122,7 +122,7 @@ int64_t images_at_once(int64_t left) { return left < kMaxGridZ ? left : kMaxGrid
 }  // namespace
 
 void walk_weights_cuda(const float* edges, const WalkOffsets& offsets, float beta, int64_t batch, int64_t h, int64_t w,
-                       float* weights, float* degree, WalkStream stream) {
+                       float* weights, float* degree, DeviceStream stream) {
   const dim3 block(kThreadsX, kThreadsY);
   for (int64_t first = 0; first < batch; first += kMaxGridZ) {
     const dim3 grid = grid_of(images_at_once(batch - first), h, w);
@@ -133,7 +133,7 @@ void walk_weights_cuda(const float* edges, const WalkOffsets& offsets, float bet
 }
 
 void walk_scale_cuda(const float* degree, bool divide, int64_t batch, int64_t channels, int64_t h, int64_t w,
-                     float* maps, WalkStream stream) {
+                     float* maps, DeviceStream stream) {
   for (int64_t first = 0; first < batch; first += kMaxGridZ) {
     _walk_scale_kernel<<<grid_of(images_at_once(batch - first), h, w), dim3(kThreadsX, kThreadsY), 0, stream>>>(
         degree, divide, first, static_cast<int>(channels), static_cast<int>(h), static_cast<int>(w), maps);
@@ -142,7 +142,7 @@ void walk_scale_cuda(const float* degree, bool divide, int64_t batch, int64_t ch
 
 void walk_step_cuda(const float* weights, const float* degree, const WalkOffsets& offsets, const WalkStep& step,
                     int64_t batch, int64_t channels, int64_t h, int64_t w, const float* from, float* to, float* v,
-                    double* out, WalkStream stream) {
+                    double* out, DeviceStream stream) {
   for (int64_t first = 0; first < batch; first += kMaxGridZ) {
     _walk_step_kernel<<<grid_of(images_at_once(batch - first), h, w), dim3(kThreadsX, kThreadsY), 0, stream>>>(
         weights, degree, offsets, step, first, static_cast<int>(channels), static_cast<int>(h), static_cast<int>(w),

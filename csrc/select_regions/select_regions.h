@@ -42,8 +42,8 @@ struct SelectArrays {
   bool* members;         // [P, N], zero
   int64_t* seeds;        // [P, max_seeds], -1
 };
-void select_winners_cuda(const SelectArrays& a, int64_t images, int64_t n, int64_t c, RegionStream stream);
+void select_winners_cuda(const SelectArrays& a, int64_t images, int64_t n, int64_t c, DeviceStream stream);
 void select_regions_cuda(const SelectArrays& a, const Selection& s, int64_t num_pairs, int64_t h, int64_t w, int64_t c,
-                         RegionStream stream);
+                         DeviceStream stream);
 
 }  // namespace wsss

@@ -137,7 +137,7 @@ unsigned blocks_of(int64_t threads) { return static_cast<unsigned>((threads + kT
 
 }  // namespace
 
-void select_winners_cuda(const SelectArrays& a, int64_t images, int64_t n, int64_t c, RegionStream stream) {
+void select_winners_cuda(const SelectArrays& a, int64_t images, int64_t n, int64_t c, DeviceStream stream) {
   _select_peaks_kernel<<<blocks_of(images * c * 32), kThreads, 0, stream>>>(a, images, static_cast<int>(n),
                                                                            static_cast<int>(c));
   _select_winners_kernel<<<blocks_of(images * n), kThreads, 0, stream>>>(a, images * n, static_cast<int>(n),
@@ -145,7 +145,7 @@ void select_winners_cuda(const SelectArrays& a, int64_t images, int64_t n, int64
 }
 
 void select_regions_cuda(const SelectArrays& a, const Selection& s, int64_t num_pairs, int64_t h, int64_t w, int64_t c,
-                         RegionStream stream) {
+                         DeviceStream stream) {
   const int n = static_cast<int>(h * w), words = (n + 31) / 32, width = static_cast<int>(w);
   const unsigned pairs = static_cast<unsigned>(num_pairs), warps = blocks_of(num_pairs * s.top * 32);
   _select_order_kernel<<<pairs, kThreads, 0, stream>>>(a, n, static_cast<int>(c), static_cast<int>(s.top));

@@ -1,7 +1,7 @@
 // The inner loops of select_regions on the CPU: no torch header.
 #include <algorithm>
 
-#include "radius_mask/lanes.h"
+#include "lanes.h"
 #include "select_regions/select_regions.h"
 
 namespace wsss {

@@ -29,7 +29,7 @@ def say(text):
 
 
 def openmp_flags():
-    """-fopenmp, without which at::parallel_for is a loop of one thread. The link needs none: torch brings the runtime."""
+    """-fopenmp, without which at::parallel_for is a loop of one thread. The link needs none: torch has the runtime."""
     compiler = (os.environ.get("CXX") or next(c for c in ("c++", "g++", "clang++") if shutil.which(c))).split()
     command = [*compiler, "-fopenmp", "-fsyntax-only", "-x", "c++", "-include", "omp.h", "-"]
     if subprocess.run(command, input="", text=True, capture_output=True, check=False).returncode == 0:

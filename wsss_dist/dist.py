@@ -130,6 +130,48 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.stack(parts).to(tensor.device)
 
 
+class _GatherBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_gather(tensor).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad).unflatten(0, (world_size(), -1))[rank()]
+
+
+def gather_batch(tensor: Tensor) -> Tensor:
+    """[B, ...] on every rank -> [world_size * B, ...], in order of rank, with gradient.
+
+    For losses between all images of a global batch: every rank computes the same loss from the gathered tensor, and
+    the mean over the ranks of their gradients is the gradient of one rank with the whole batch. A collective call,
+    forward and backward; B is the same on every rank.
+    """
+    return _GatherBatch.apply(tensor)
+
+
+class _BatchMax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        largest = all_gather(value).amax(0)
+        ctx.save_for_backward(value == largest)
+        return largest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (mine,) = ctx.saved_tensors
+        grad, owners = all_reduce_sum(torch.stack([grad, mine.to(grad)]))
+        return grad * mine / owners
+
+
+def batch_max(value: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, with gradient: that of all ranks goes to the one that holds the maximum.
+
+    Ranks with the same maximum share it. A collective call, forward and backward.
+    """
+    return _BatchMax.apply(value)
+
+
 def broadcast(tensor: Tensor, src: int = 0) -> None:
     """Overwrite a contiguous tensor with the one of rank `src`, in place."""
     if world_size() == 1:

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "patch_token_contrast/contrast_check.h"
 
 namespace wsss {
@@ -23,7 +24,7 @@ Chosen choose_patches(const int64_t* labels, int64_t n, int64_t classes, int64_t
   return chosen;
 }
 
-Chosen choose_classes(const bool* present, int64_t classes) {
+Chosen choose_classes(const uint8_t* present, int64_t classes) {
   Chosen chosen;
   for (int64_t c = 0; c < classes; ++c) {
     if (!present[c]) continue;
@@ -58,10 +59,10 @@ std::tuple<at::Tensor, at::Tensor> class_patch_contrast_cpu(const at::Tensor& cl
   int64_t positive = 0, negative = 0;
   std::vector<Chosen> rows, columns;
   for (int64_t b = 0; b < images; ++b) {
-    rows.push_back(choose_classes(tags.const_data_ptr<bool>() + b * c, c));
+    rows.push_back(choose_classes(bool_bytes(tags) + b * c, c));
     columns.push_back(choose_patches(classes.const_data_ptr<int64_t>() + b * n, n, c, ignore_index));
     int64_t own = 0;
-    for (const int32_t label : columns[b].labels) own += label > 0 && tags.const_data_ptr<bool>()[b * c + label - 1];
+    for (const int32_t label : columns[b].labels) own += label > 0 && bool_bytes(tags)[b * c + label - 1];
     positive += own;
     negative += static_cast<int64_t>(rows[b].places.size() * columns[b].places.size()) - own;
   }

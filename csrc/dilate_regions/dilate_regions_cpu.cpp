@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "check.h"
 #include "dilate_regions/dilate_regions.h"
 
 namespace wsss {
@@ -121,7 +122,7 @@ at::Tensor dilate_regions_cpu(const at::Tensor& seeds, int64_t limit, bool cheby
   auto out = at::empty(seeds.sizes(), seeds.options());
   if (out.numel() == 0) return out;
   const auto half = half_widths({limit, chebyshev}, h, w);
-  const auto* from = reinterpret_cast<const uint8_t*>(maps.const_data_ptr<bool>());
+  const uint8_t* from = bool_bytes(maps);
   bool* to = out.mutable_data_ptr<bool>();
   at::parallel_for(0, seeds.size(0) * seeds.size(1), 16, [&](int64_t begin, int64_t end) {
     Map map(h, w, half);

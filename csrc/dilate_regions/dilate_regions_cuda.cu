@@ -17,17 +17,17 @@ __device__ __forceinline__ bool any_in_range(const uint64_t* row, int first, int
   return false;
 }
 
-__global__ void _dilate_regions_kernel(const bool* __restrict__ seeds, bool* __restrict__ out, uint64_t* scratch,
+__global__ void _dilate_regions_kernel(const uint8_t* __restrict__ seeds, bool* __restrict__ out, uint64_t* scratch,
                                        int64_t h, int w, int words, Disc disc) {
   extern __shared__ uint64_t shared[];
   seeds += blockIdx.x * h * w;
   out += blockIdx.x * h * w;
   uint64_t* packed = scratch ? scratch + blockIdx.x * h * words : shared;
   for (int64_t i = threadIdx.x; i < h * words; i += kThreads) {
-    const bool* from = seeds + i / words * w;
+    const uint8_t* from = seeds + i / words * w;
     const int begin = static_cast<int>(i % words) * 64, end = min(begin + 64, w);
     uint64_t word = 0;
-    for (int x = begin; x < end; ++x) word |= static_cast<uint64_t>(from[x]) << (x - begin);
+    for (int x = begin; x < end; ++x) word |= static_cast<uint64_t>(from[x] != 0) << (x - begin);
     packed[i] = word;
   }
   __syncthreads();
@@ -49,7 +49,7 @@ __global__ void _dilate_regions_kernel(const bool* __restrict__ seeds, bool* __r
 
 }  // namespace
 
-void dilate_regions_cuda(const bool* seeds, bool* out, uint64_t* scratch, int64_t maps, int64_t h, int64_t w,
+void dilate_regions_cuda(const uint8_t* seeds, bool* out, uint64_t* scratch, int64_t maps, int64_t h, int64_t w,
                          const Disc& disc, DeviceStream stream) {
   const int words = static_cast<int>(words_of(w));
   const size_t bytes = scratch ? 0 : static_cast<size_t>(h) * words * 8;

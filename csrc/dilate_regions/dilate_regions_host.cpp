@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "check.h"
 #include "dilate_regions/dilate_regions.h"
 
 namespace wsss {
@@ -23,7 +24,7 @@ at::Tensor dilate_regions_gpu(const at::Tensor& seeds, int64_t limit, bool cheby
   at::Tensor scratch;
   if (words * 8 > kDilateShared) scratch = at::empty({count, words}, seeds.options().dtype(at::kLong));
   auto* buffer = scratch.defined() ? reinterpret_cast<uint64_t*>(scratch.mutable_data_ptr<int64_t>()) : nullptr;
-  dilate_regions_cuda(maps.const_data_ptr<bool>(), out.mutable_data_ptr<bool>(), buffer, count, h, w,
+  dilate_regions_cuda(bool_bytes(maps), out.mutable_data_ptr<bool>(), buffer, count, h, w,
                       {limit, chebyshev}, c10::cuda::getCurrentCUDAStream().stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;

@@ -63,10 +63,10 @@ void max_band(const Band<double>& band, double* best, int32_t* winner);
 
 // CUDA, on `stream`. best, grad and total are float32, float64 for float64 logits.
 struct UpsampleArrays {
-  const void* logits;    // [B, N, N]
-  Scalar type;           // of the logits
-  const int64_t* pairs;  // [P, 2]
-  const bool* members;   // [P, N]
+  const void* logits;      // [B, N, N]
+  Scalar type;             // of the logits
+  const int64_t* pairs;    // [P, 2]
+  const uint8_t* members;  // [P, N]
   int64_t images, num_pairs, h, w, out_h, out_w;
   Disc disc;
 };

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "max_upsampled_masks/max_upsampled_masks_check.h"
 
 namespace wsss {
@@ -131,8 +132,7 @@ std::tuple<at::Tensor, at::Tensor> max_upsampled_masks_cpu(const at::Tensor& log
   if (n == 0 || out.numel() == 0) return {out, winner};
   const int64_t pixels = out_h * out_w;  // not before: for no pairs it may overflow
   const int64_t* pair = list.const_data_ptr<int64_t>();
-  // Bytes: a bool tensor may be a view of other bytes than 0 and 1.
-  const auto* member = reinterpret_cast<const uint8_t*>(chosen.const_data_ptr<bool>());
+  const uint8_t* member = bool_bytes(chosen);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "max_upsampled_masks", [&] {
     using T = at::opmath_type<scalar_t>;
     const Resize<T> resize(h, w, out_h, out_w, {limit, false});

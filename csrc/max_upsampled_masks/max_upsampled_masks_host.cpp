@@ -8,6 +8,7 @@
 
 #include <tuple>
 
+#include "check.h"
 #include "max_upsampled_masks/max_upsampled_masks_check.h"
 
 namespace wsss {
@@ -20,7 +21,7 @@ UpsampleArrays arrays_of(const at::Tensor& logits, const at::Tensor& pairs, cons
   a.logits = logits.const_data_ptr();
   a.type = scalar_of(logits);
   a.pairs = pairs.const_data_ptr<int64_t>();
-  a.members = members.const_data_ptr<bool>();
+  a.members = bool_bytes(members);
   a.images = logits.size(0);
   a.num_pairs = pairs.size(0);
   a.h = h;

@@ -101,6 +101,12 @@ def test_bools_of_other_bytes(width):
         for x in (odd, plain)
     ]
     assert torch.equal(*maps)
+    tokens, labels = torch.randn(2, width + 6, 16), torch.randint(0, 19, (2, 6))
+    losses = [
+        kernels.class_patch_contrast(tokens[:, :-6], tokens[:, -6:], labels, x[:, 0, 0], backend="native")
+        for x in (odd, plain)
+    ]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("classes", [2, 12])

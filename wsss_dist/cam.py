@@ -105,6 +105,11 @@ def minmax(maps: Tensor) -> Tensor:
     return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
 
 
+def peak_normalised(maps: Tensor) -> Tensor:
+    """Each plane of non-negative maps [..., H, W] divided by its maximum (plus 1e-5)."""
+    return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
+
+
 def box_mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, H, W] bool, True inside each box (y0, y1, x0, x1)."""
     y = torch.arange(size[0], device=boxes.device)[None, :, None]

@@ -183,7 +183,9 @@ void one_image(const Frame& frame, const float* unary, const float* image, float
     auto sums = normalised<PixelGaussian>(image, h, w, frame.stride, frame.plane, p.sigma_xy, p.sigma_rgb);
     messages.push_back(std::make_unique<PixelMessage>(std::move(sums), h * w, p.weight));
   } else if (p.weight > 0) {
-    const auto features = pixel_features(image, h, w, frame.stride, frame.plane, p.sigma_xy, p.sigma_rgb);
+    const double scale = p.mode == Mode::ring ? kRingScale : 1.0;
+    const auto features = pixel_features(image, h, w, frame.stride, frame.plane, static_cast<float>(p.sigma_xy / scale),
+                                         static_cast<float>(p.sigma_rgb / scale));
     auto lattice = normalised<Lattice>(features, h * w, 5, p.mode == Mode::ring);
     messages.push_back(std::make_unique<LatticeMessage>(std::move(lattice), p.weight));
   }

@@ -17,6 +17,9 @@ constexpr char kLatticeTooSmall[] =
     "lattice: the features span too many cells; the standard deviations are too small for this image";
 constexpr float kLatticeMaxFeature = 1e5f;  // beyond it float32 cannot tell the cells apart
 constexpr int kMaxCorners = 6;
+// With a ring of ghosts the cells are smaller by sqrt(1/4 + 2 * 3/4), and there are two blurs.
+constexpr int kRingBlurs = 2;
+constexpr double kRingScale = 1.3228756555322954;
 
 // Width of the rows that hold so many values.
 inline int64_t lattice_width(int64_t values) { return values <= 4 ? 4 : (values + 7) / 8 * 8; }
@@ -52,7 +55,7 @@ struct LatticeEntry {
 class Lattice {
  public:
   // features: d planes of padded_points(n) floats, finite, divided by the standard deviations; d is 2 or 5.
-  // `ring`: with the neighbours of the vertices in use as further vertices.
+  // `ring`: with the neighbours of the vertices in use as further vertices; features times kRingScale.
   // Throws c10::ValueError when they span too many cells.
   Lattice(const Buffer<float>& features, int64_t n, int d, bool ring = false);
   static int64_t padded_points(int64_t n) { return (n + 7) / 8 * 8; }
@@ -73,7 +76,7 @@ class Lattice {
   float slice_factor() const { return 1.0f / (1.0f + 1.0f / static_cast<float>(1 << (num_corners - 1))); }
 
   int64_t num_points, num_vertices = 0;
-  int num_corners;
+  int num_corners, num_blurs;
 
  private:
   template <int D>

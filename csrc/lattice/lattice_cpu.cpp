@@ -64,7 +64,8 @@ Buffer<float> pixel_features(const float* image, int64_t h, int64_t w, int64_t s
   return features;
 }
 
-Lattice::Lattice(const Buffer<float>& features, int64_t n, int d, bool ring) : num_points(n), num_corners(d + 1) {
+Lattice::Lattice(const Buffer<float>& features, int64_t n, int d, bool ring)
+    : num_points(n), num_corners(d + 1), num_blurs(ring ? kRingBlurs : 1) {
   const int vertices = ring ? kMaxCorners * (2 * kMaxCorners + 1) : kMaxCorners;  // at most, for each point
   TORCH_CHECK_VALUE(n > 0 && n < INT32_MAX / vertices, "lattice: too many points, got ", n);
   const int64_t padded = padded_points(n);
@@ -205,7 +206,8 @@ void Lattice::splat_some(const float* rows, int64_t width, int64_t begin, int64_
 }
 
 void Lattice::blur(float* table, int64_t width) const {
-  for (const auto& lines : lines_) {
+  for (size_t pass = 0; pass < num_blurs * lines_.size(); ++pass) {
+    const auto& lines = lines_[pass % lines_.size()];
     const auto n = static_cast<int64_t>(lines.size());
     const auto start_of_line = [&](int64_t i) {
       while (i > 0 && i < n && lines[i - 1] >= 0) ++i;

@@ -69,17 +69,16 @@ def dense_crf(
                 Weight 0 leaves a kernel out.
     iterations  >= 0.
     mode        "fast": permutohedral lattice for both kernels, parity with pydensecrf.
-                "ring": the bilateral lattice with one ring of ghost vertices (kernels/lattice.py), so that the blur
-                loses less; the spatial kernel as true sums along rows and columns, since a lattice would only add its
-                error. For small sigma_rgb: at 13 it was no gain. Costs more time and memory than fast.
+                "ring": the bilateral lattice with smaller cells, two blurs and a ring of ghost vertices
+                (kernels/lattice.py), the spatial kernel as true sums along rows and columns, since a lattice would only
+                add its error. For sigma_rgb of about 5 and less; costs more time and memory than fast.
                 "exact": true Gaussian sums for both, O((HW)^2) time, the oracle; the native code leaves out what lies
                 beyond e^-18 by tiles of near pixels, and stays within 2e-5 of fp64 in the tests.
-                Total variation distance to exact, fast / ring, on synthetic photographs of 96x128 with 21 classes
-                (accuracy.py): bilateral (80, 13, 10) 5.5e-3 / 1.1e-2; (64, 5, 4) 2.6e-3 / 1.9e-3; (50, 5, 10)
-                2.35e-2 / 2.12e-2. Largest error of one application of the bilateral kernel: 0.06 / 0.06, 0.14 / 0.05,
-                0.16 / 0.06.
-                Process time of one thread (4 iterations of the first and third, 21 classes): fast 0.006 and 0.015 s,
-                ring 0.011 and 0.073 s, exact 1.1 and 0.42 s.
+                Total variation distance to exact, fast / ring, on synthetic photographs of 375x500 with 21 classes
+                (accuracy.py): bilateral (80, 13, 10) 1.1e-3 / 1.2e-3; (64, 5, 4) 1.4e-3 / 5e-4; (50, 5, 10) 3.4e-3 /
+                1.9e-3. Largest error of one application of the bilateral kernel: 0.09 / 0.05, 0.21 / 0.08, 0.30 /
+                0.09. Process time of one thread in the same order: fast 0.2, 0.3, 0.5 s, ring 0.5, 2.3, 7.5 s, exact
+                some minutes.
     prune       in [0, 0.1], in units of the exponents (nats); 0 is off. Class c of an image gets no messages if
                 max_i Q0_i(c) R < prune, R = max_i sum_k w_k n_i (K_k n_k)_i being the largest message there can be; it
                 keeps its unary energy in the softmax. Messages are >= 0, so Q_i(c) never exceeds Q0_i(c) e^m with m the

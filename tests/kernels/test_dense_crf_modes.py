@@ -94,7 +94,7 @@ def test_ring_is_nearer_to_exact_than_fast(backend):
         (dense_crf(unary, image, bilateral=(40.0, 5.0, 5.0), mode=m, backend=backend) - oracle).abs().mean()
         for m in ("fast", "ring")
     )
-    assert ring < 0.9 * fast
+    assert ring < 0.8 * fast
 
 
 @native

@@ -1,0 +1,90 @@
+"""DeepLabV3+ (ECCV 2018) trained on pseudo masks, the segmentation network at the end of multi-stage methods.
+
+Letters: B batch, C foreground classes, K = C + 1 with background, H W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from wsss_dist import cam as cams
+from wsss_dist.data.batch import Batch
+from wsss_dist.errors import UserError
+from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.models.deeplab import DeepLabDecoder
+from wsss_dist.models.groups import pretrained_and_new
+from wsss_dist.models.resnet import ResNet, ResNetConfig
+from wsss_dist.schema import StrictModel
+
+IGNORE = 255
+
+
+class Config(StrictModel):
+    """DeepLabV3+ as P-NOC trains it."""
+
+    backbone: ResNetConfig = ResNetConfig()
+    label_smoothing: float = Field(0.1, ge=0, lt=1)  # eps: (1 - eps) one-hot + eps / K
+
+    def check_run(self, run: object) -> None:
+        """What must hold between the method and the rest of the run."""
+        if "labels" not in run.data.maps:
+            raise UserError("config: method 'deeplab' is trained on pseudo masks: set data.maps.labels")
+
+
+class Method(BaseMethod):
+    """Backbone and decoder."""
+
+    def __init__(self, cfg: Config, num_classes: int, train_steps: int):
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = ResNet(cfg.backbone)
+        self.patch_size = cfg.backbone.output_stride
+        self.decoder = DeepLabDecoder(self.backbone.channels[1], self.backbone.channels[4], num_classes + 1)
+
+    @property
+    def weights_note(self) -> str | None:
+        """What the backbone's weights file says of its origin."""
+        return self.backbone.weights_note
+
+    def param_groups(self) -> list[dict]:
+        """Pretrained weights x1, biases x2, new weights x10, new biases x20."""
+        return pretrained_and_new([self.backbone], [self.decoder])
+
+    def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Cross-entropy at full size, its mean over the labelled pixels of the micro batch; 0 where none is."""
+        labels = batch.maps["labels"].long()
+        logits = self.logits(batch.images, labels.shape[-2:]).float()
+        total = F.cross_entropy(
+            logits, labels, ignore_index=IGNORE, label_smoothing=self.cfg.label_smoothing, reduction="sum"
+        )
+        return {"loss": total / (labels != IGNORE).sum().clamp_min(1)}
+
+    def logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """[B, K, *size] of images [B, 3, H, W]; `size` None: on the grid of stride 4."""
+        taps = self.backbone(images)
+        return self.decoder(taps[1], taps[4], size)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        batch: Batch,
+        *,
+        cam_scales: list[float],
+        seg_scales: list[float],
+        fuse: str,
+        step: int | None = None,
+        extras: bool = False,
+    ) -> Prediction:
+        """Segmentation alone: logits at full size, plain and mirrored added, merged over scales; the CAM is zero."""
+        size, per_scale, single = batch.images.shape[-2:], [], None
+        for scale in seg_scales:
+            x = cams.upsample(batch.images, cams.scaled_size(size, scale))
+            plain, mirrored = self.logits(torch.cat([x, x.flip(-1)])).float().chunk(2)
+            per_scale.append(cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size))
+            if scale == 1.0:
+                single = cams.upsample(plain, size)
+        cam = batch.images.new_zeros(*batch.labels.shape, *size)
+        return Prediction(cam=cam, logits=cams.fuse_logits(per_scale, seg_scales, fuse), single=single)

@@ -47,9 +47,10 @@ WSSS_INLINE ExpParts exp_parts(const Vec& x) {
   return {p * r * r + r + 1.0f, __builtin_convertvector(k, IntVec)};
 }
 
-// 2^k for -126 <= k <= 127, and 0 for -127.
+// 2^(k - kLess) for -126 <= k - kLess <= 127, and 0 for -127. Of a NaN, k may be INT_MIN.
+template <int kLess = 0>
 WSSS_INLINE Vec power_of_two(const IntVec& k) {
-  const IntVec bits = (k + 127) << 23;
+  const IntVec bits = (k + (127 - kLess)) << 23;
   return (Vec)bits;  // a cast between vector types keeps the bits
 }
 

@@ -65,7 +65,8 @@ class Lattice:
     """The lattice around one set of points; build once, filter often.
 
     features [n, d] float32 or float64, already divided by the standard deviations, finite.
-    ring     also the neighbours, one step along each of the d + 1 axes, of the vertices in use, smaller cells, two blurs.
+    ring     also the neighbours, one step along each of the d + 1 axes, of the vertices in use; smaller cells, two
+             blurs.
     Raises ValueError when the features span too many cells for float32 or for 63-bit keys (a standard deviation far too
     small: a colour deviation below about 0.3 grey levels).
     """

@@ -17,7 +17,7 @@ WSSS_INLINE void sigmoid_lanes(Vec& x) {
   t = t < lowest ? lowest : t;
   t = t > highest ? highest : t;
   const ExpParts e = exp_parts(t);
-  t = (e.p + e.p) * power_of_two(e.k - 1);
+  t = (e.p + e.p) * power_of_two<1>(e.k);
   x = 1.0f / (1.0f + t);
 }
 

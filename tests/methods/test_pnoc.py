@@ -134,7 +134,9 @@ def test_the_generator_has_the_same_gradient_with_and_without_the_leak(second):
         method.training_step(random_batch(), 40)["loss"].backward()
         grads.append((gradients(method.generator), gradients(method.second)))
     assert all(torch.equal(a, b) for a, b in zip(grads[0][0].values(), grads[1][0].values(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(grads[0][1].values(), grads[1][1].values(), strict=True) if a is not None)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(grads[0][1].values(), grads[1][1].values(), strict=True) if a is not None
+    )
 
 
 @pytest.mark.parametrize("variant", ["oc_cse", "p_oc"])
@@ -153,7 +155,9 @@ def test_the_second_classifier_keeps_its_statistics_and_stays_in_evaluation_mode
     method.training_step(random_batch(), 40)["loss"].backward()
     assert not any(m.training for m in method.second.modules())
     assert all(torch.equal(b, before[n]) for n, b in method.second.named_buffers())
-    assert all(p.requires_grad for n, p in method.second.named_parameters() if "bn" not in n and "downsample.1" not in n)
+    assert all(
+        p.requires_grad for n, p in method.second.named_parameters() if "bn" not in n and "downsample.1" not in n
+    )
 
 
 TERMS = {

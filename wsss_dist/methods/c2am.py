@@ -1,4 +1,4 @@
-"""C2AM (CVPR 2022) and C2AM-H (P-NOC, arXiv 2305.12522): a saliency network learnt by contrast, without saliency labels.
+"""C2AM (CVPR 2022) and C2AM-H (P-NOC, arXiv 2305.12522): a saliency network learnt by contrast, without masks.
 
 The foreground vectors of all images are pulled together, so are the background vectors, and the two are pushed apart.
 With hints, places where a class activation map is sure are foreground; without them, which side is the foreground is

@@ -119,8 +119,8 @@ class Method(BaseMethod):
     """Generator G, and in the erasing variants the second classifier N.
 
     One loss trains both networks of "p_noc", in separate phases all the same: N has no parameter gradient in the
-    generator's phase (unless noc_leak), the maps are detached in the phase of N, and neither phase depends on the update
-    of the other, so that one backward pass gives each network the gradient of its own phase alone.
+    generator's phase (unless noc_leak), the maps are detached in the phase of N, and neither phase depends on the
+    update of the other, so that one backward pass gives each network the gradient of its own phase alone.
     """
 
     def __init__(self, cfg: Config, num_classes: int, train_steps: int):

@@ -19,6 +19,7 @@ import yaml
 import kernels
 from tests.data import sets
 from wsss_dist import dist
+from wsss_dist.data import build_dataset
 from wsss_dist.data.synthetic import write_synthetic_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +147,18 @@ def folder(rows: list[str] | None = None, change: Callable[[Path], object] = lam
 
     few = ("train.global_batch=2", "data.eval_splits=[train]")
     return prepared(prepare, "data.format=folder", "data.root={}", *few)
+
+
+def maps(change: Callable[[Path], object], *settings: str) -> Callable[[Place], Call]:
+    """Training with maps of an earlier stage, after `change` of their folder; {} in the settings is the one above."""
+
+    def prepare(at: Place) -> Path:
+        sets.write_maps(at.folder / "earlier", build_dataset(sets.config(at.data()), "train"))
+        change(at.folder / "earlier")
+        return at.folder
+
+    hint = "data.maps.hint={dir: {}/earlier/hint, kind: scores, made_by: stage cams}"
+    return prepared(prepare, "data.root={}/data", hint, *settings)
 
 
 def mask(values: dict, size: tuple[int, int] = (32, 32)) -> Callable[[Place], Call]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests import mistakes as m
 from tests.data import sets
-from tests.mistakes import again, coco, command, files, folder, mask, patched, prepared, text, train, weights
+from tests.mistakes import again, coco, command, files, folder, maps, mask, patched, prepared, text, train, weights
 from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import load_config
 from wsss_dist.data.synthetic import write_synthetic_dataset
@@ -89,6 +89,22 @@ CONFIG = [
      "available: reference"),
     ("cached random crops", train("method.backbone.token_cache=x"), "'method.backbone.token_cache'",
      "set augment: squash"),
+    ("cached random colours",
+     train("method.backbone.token_cache=x", "data.augment=squash", "data.jitter=[0.3, 0.3, 0.3, 0.1]"),
+     "'method.backbone.token_cache'.*'data.jitter' is", "remove the cache"),
+    ("forgot the range of the long side", train("data.augment=long_side"), "'data.long_side' is None",
+     r"in pixels, as \[320, 640\]"),
+    ("set a square that is not used", train("data.squash_size=64"), "'data.squash_size' is 64",
+     "set augment: squash or remove"),
+    ("cropped more than the square", train("data.augment=squash", "data.squash_size=30"), "'data.squash_size' is 30",
+     "raise it, or lower data.crop"),
+    ("turned the hue round twice", train("data.jitter=[0.3, 0.3, 0.3, 2]"), "'data.jitter' is", "hue at most 0.5"),
+    ("misspelt the kind of a map", train("data.maps={hint: {dir: x, kind: score}}"), "'data.maps.hint.kind' is 'score'",
+     "'labels', 'grey' or 'scores'"),
+    ("turned the image under its maps", train("data.maps={hint: {dir: x, kind: grey}}", "data.rand_augment={n: 2}"),
+     "'data.maps' is .*data.rand_augment", "remove one of the two"),
+    ("evaluates with a map that is not there", train("data.eval_maps=[hint]"), "'hint' is not in data.maps",
+     "add it there"),
     ("cropped less than a patch", train("data.crop=8"), "'data.crop' is 8", "raise it to 16"),
     ("evaluates at less than a patch", train("eval.cam_scales=[1.0, 0.25]"),
      "'eval.size' is 32 pixels .at the smallest scale 8.", "raise it to 64"),
@@ -170,6 +186,22 @@ DATA = [
      "add it, or"),
     ("evaluates a damaged image", files(lambda r: m.cut(r / "images/val/00002.jpg")),
      "val/00002.jpg.* cannot be read", "replace the file"),
+    ("named a folder of maps that is not there", train("data.maps={hint: {dir: /nowhere, kind: grey}}"),
+     "data.maps.hint.dir is '/nowhere'", "make it with the stage before"),
+    ("stopped the stage before half-way", maps(lambda r: (r / "hint/00003.npz").unlink()),
+     "hint misses the map 'hint' of 1 of 6 .*00003.npz", "make it with stage cams"),
+    ("copied half of a map", maps(lambda r: m.cut(r / "hint/00002.npz")), "00002.npz, the map 'hint' .*cannot be used",
+     "make it with stage cams"),
+    ("has maps of another size",
+     maps(lambda r: Image.fromarray(np.zeros((16, 32), np.uint8)).save(r / "saliency/00001.png"),
+          "data.maps.sal={dir: {}/earlier/saliency, kind: grey}"),
+     "00001.png, the map 'sal' .* is 16 x 32", "expected 32 x 32.*correct data.maps.sal"),
+    ("has labels outside the classes in a map",
+     maps(lambda r: Image.fromarray(np.full((32, 32), 9, np.uint8)).save(r / "labels/00001.png"),
+          "data.maps.labels={dir: {}/earlier/labels, kind: labels}"),
+     r"00001.png, the map 'labels' .* holds the ids \[9\]", "expected 0 .*1..3"),
+    ("gave the ground truth as a map", maps(m.nothing, "data.maps.gt={dir: {}/data/masks/train, kind: labels}"),
+     "data.maps.gt leads to .*masks/train/00000.png", "correct data.maps.gt.dir"),
     ("has fewer images than a batch", train("train.global_batch=8"), "6 images, fewer than train.global_batch = 8",
      "lower train.global_batch"),
     ("has too many damaged images",

@@ -114,3 +114,28 @@ def write_voc(root: Path, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
     add_mask(base, "2007_a.png", {0: 3}, folder="SegmentationClassAug")
     add_mask(base, "2008_b.png", {0: 12}, folder="SegmentationClassAug")
     return root
+
+
+def write_maps(folder: Path, data) -> dict:
+    """Maps of all images of a data set, plain to see: the `maps` of a config with one of each kind.
+
+    labels: the first class of the image in the upper half, undecided below; saliency: the red channel; hint: the green
+    channel over 255 of the last class, half of it for the others.
+    """
+    for name in ("labels", "saliency", "hint"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i in range(len(data)):
+        image, classes = data.image(i), np.flatnonzero(data.tags[i])
+        ids = np.full(image.shape[:2], 255, np.uint8)
+        ids[: len(ids) // 2] = classes[0] + 1 if len(classes) else 0
+        Image.fromarray(ids).save(folder / "labels" / f"{data.id(i)}.png")
+        Image.fromarray(np.ascontiguousarray(image[:, :, 0])).save(folder / "saliency" / f"{data.id(i)}.png")
+        if len(classes):
+            write_scores(folder / "hint" / f"{data.id(i)}.npz", classes, image[:, :, 1] / 255)
+    kinds = {"labels": "labels", "saliency": "grey", "hint": "scores"}
+    return {name: {"dir": folder / name, "kind": kind, "made_by": f"stage {name}"} for name, kind in kinds.items()}
+
+
+def write_scores(path: Path, classes: np.ndarray, largest: np.ndarray) -> None:
+    full = np.stack([largest if c == classes[-1] else largest / 2 for c in classes])
+    np.savez_compressed(path, labels=classes.astype(np.int16), full=full.astype(np.float16))

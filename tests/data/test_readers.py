@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from tests.data import sets
-from wsss_dist.data import build_dataset, build_eval_loader, build_train_loader
+from wsss_dist.data import build_dataset, build_eval_loader, build_inference_loader, build_train_loader
 from wsss_dist.data import coco as coco_module
 from wsss_dist.data import dataset as dataset_module
 from wsss_dist.data.synthetic import write_synthetic_dataset
+from wsss_dist.errors import UserError
 
 
 def test_coco_maps_raw_ids_in_order_and_counts_crowds_as_tags(tmp_path):
@@ -162,8 +164,8 @@ def test_synthetic_is_deterministic(tmp_path):
     assert any((one / f).read_bytes() != (other / f).read_bytes() for f in files)
 
 
-def _train_batches(root: Path) -> list:
-    cfg = sets.config(root)
+def _train_batches(root: Path, **changes) -> list:
+    cfg = sets.config(root, **changes)
     loader = build_train_loader(
         build_dataset(cfg, "train"),
         cfg,
@@ -175,12 +177,18 @@ def _train_batches(root: Path) -> list:
         start_step=0,
         num_steps=4,
     )
-    return [(b.ids, b.labels.tolist(), b.images.numpy().tobytes()) for step in loader for b in step]
+    return [
+        (b.ids, b.labels.tolist(), b.images.numpy().tobytes(), {k: v.numpy().tobytes() for k, v in b.maps.items()})
+        for step in loader
+        for b in step
+    ]
 
 
-def test_training_never_opens_a_mask(tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_maps", [False, True])
+def test_training_never_opens_a_mask(tmp_path, monkeypatch, with_maps):
     root = write_synthetic_dataset(tmp_path / "set", 9, 2, 40, 3, seed=0)
-    before = _train_batches(root)
+    maps = sets.write_maps(tmp_path / "earlier", build_dataset(sets.config(root), "train")) if with_maps else {}
+    before = _train_batches(root, maps=maps)
 
     def forbidden(*_):
         raise AssertionError("a mask was opened")
@@ -196,8 +204,12 @@ def test_training_never_opens_a_mask(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "open", recorded)
     monkeypatch.setattr(io, "open", recorded)
-    assert _train_batches(root) == before
+    monkeypatch.setattr(dataset_module.Dataset, "mask", forbidden)
+    monkeypatch.setattr(coco_module.CocoDataset, "mask", forbidden)
+    assert _train_batches(root, maps=maps) == before
     assert any("/images/train/" in name for name in opened)  # the recorder sees what the loader opens
+    for name in maps:
+        assert any(f"/earlier/{name}/" in path for path in opened)
     assert not [name for name in opened if "mask" in name.removeprefix(str(tmp_path))]
 
 
@@ -231,6 +243,39 @@ def test_eval_loader_shards_limits_and_keeps_native_sizes(tmp_path):
 def test_eval_without_masks_gives_none(tmp_path):
     cfg = sets.config(sets.write_folder(tmp_path), "folder")
     assert [s.mask for s in build_eval_loader(build_dataset(cfg, "train"), cfg, rank=0, world_size=1)] == [None] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inference_loader_gives_every_image_once_and_opens_no_mask(tmp_path, monkeypatch, workers):
+    root = write_synthetic_dataset(tmp_path / "set", 7, 2, 40, 3, seed=0)
+    maps = sets.write_maps(tmp_path / "earlier", build_dataset(sets.config(root), "train"))
+    cfg = sets.config(root, num_workers=workers, val_limit=2, maps=maps)
+    data = build_dataset(cfg, "train")
+    assert data.has_masks
+
+    def forbidden(*_):
+        raise AssertionError("a mask was opened")
+
+    for name in ("mask", "open_masks"):
+        monkeypatch.setattr(coco_module.CocoDataset, name, forbidden)
+    shards = [build_inference_loader(data, cfg, rank=rank, world_size=3) for rank in range(3)]
+    assert [len(shard) for shard in shards] == [3, 2, 2]
+    samples = [list(shard) for shard in shards]
+    assert [[s.index for s in shard] for shard in samples] == [[0, 3, 6], [1, 4], [2, 5]]
+    for sample in (s for shard in samples for s in shard):
+        assert sample.mask is None and sample.id == data.id(sample.index)
+        assert sample.labels.tolist() == data.labels(sample.index).tolist()
+        assert (sample.image.permute(1, 2, 0).numpy() == data.image(sample.index)).all()
+        assert sample.maps.keys() == maps.keys()
+        assert torch.equal(sample.maps["saliency"], sample.image[0].float() / 255)
+
+
+def test_inference_stops_at_an_image_that_cannot_be_read(tmp_path):
+    root = write_synthetic_dataset(tmp_path / "set", 3, 1, 40, 3, seed=0)
+    (root / "images/train/00001.jpg").write_bytes(b"")
+    cfg = sets.config(root)
+    with pytest.raises(UserError, match="00001.jpg.* of the split 'set/train' cannot be read .*the next stage without"):
+        list(build_inference_loader(build_dataset(cfg, "train"), cfg, rank=0, world_size=1))
 
 
 def test_a_colour_palette_does_not_change_ids(tmp_path):

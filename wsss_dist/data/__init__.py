@@ -12,10 +12,12 @@ from typing import Any
 _HOME = {
     "Batch": "batch",
     "EvalSample": "batch",
+    "MapConfig": "config",
     "DataConfig": "config",
     "Dataset": "dataset",
     "build_dataset": "readers",
     "build_eval_loader": "loader",
+    "build_inference_loader": "loader",
     "build_train_loader": "loader",
     "check_eval_samples": "loader",
 }

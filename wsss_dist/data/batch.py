@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,7 @@ from wsss_dist.data.transforms import denormalise
 
 @dataclass
 class Batch:
-    """B images with their tags; no pixel label is ever part of it.
+    """B images with their tags; no pixel label of the data set is ever part of it.
 
     images  [B, 3, H, W] float32, normalised with the ImageNet mean and standard deviation.
     labels  [B, C] float32, 1 where the image carries the tag.
@@ -20,6 +21,8 @@ class Batch:
     ids     name of each image within its data set.
     flipped [B] bool, True where the transform mirrored the image.
     damaged (path, reason) of each file that could not be read and was replaced by another sample.
+    maps    name -> [B, H, W] of what an earlier stage made (`data.maps`): uint8 for kind "labels" (0 background, 1..C
+            classes, 255 undecided or padding), else float32 (padding 0).
     """
 
     images: Tensor
@@ -28,6 +31,7 @@ class Batch:
     ids: list[str]
     flipped: Tensor
     damaged: list[tuple[str, str]] = field(default_factory=list)
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,24 +42,27 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("images", "labels", "boxes", "flipped")}
-        return replace(self, **moved)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from where copies to a GPU run in the background (for the loader)."""
-        pinned = {k: getattr(self, k).pin_memory() for k in ("images", "labels", "boxes", "flipped")}
-        return replace(self, **pinned)
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {k: move(getattr(self, k)) for k in ("images", "labels", "boxes", "flipped")}
+        return replace(self, **tensors, maps={name: move(values) for name, values in self.maps.items()})
 
 
 @dataclass
 class EvalSample:
-    """One image for evaluation.
+    """One image for evaluation, or for a stage that makes something of each image.
 
     index   position in the data set.
     id      name within the data set.
     image   [3, H, W] uint8 RGB at its native size.
     labels  [C] float32 tags.
-    mask    [H, W] uint8, 0 background, 1..C classes, 255 ignore; None where the split has no masks.
+    mask    [H, W] uint8, 0 background, 1..C classes, 255 ignore; None where the split has no masks, or none are wanted.
+    maps    name -> [H, W] of what an earlier stage made, as in `Batch`.
     """
 
     index: int
@@ -63,3 +70,4 @@ class EvalSample:
     image: Tensor
     labels: Tensor
     mask: Tensor | None
+    maps: dict[str, Tensor] = field(default_factory=dict)

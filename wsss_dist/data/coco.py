@@ -52,6 +52,10 @@ class CocoDataset(Dataset):
     def has_masks(self) -> bool:
         return self._mask_folder.is_dir() or self._has_segments
 
+    @property
+    def mask_folders(self) -> list[Path]:
+        return [self._mask_folder.parent]
+
     def open_masks(self) -> None:
         if self._segments is None and not self._mask_folder.is_dir():
             self._segments = {}

@@ -68,6 +68,11 @@ class Dataset:
         """True where `mask` can answer."""
         return False
 
+    @property
+    def mask_folders(self) -> list[Path]:
+        """Folders of ground-truth masks, there or not; nothing in them may be given to a training."""
+        return []
+
     def open_masks(self) -> None:
         """Load what `mask` needs; called once before worker processes start. Training never calls it."""
 
@@ -123,6 +128,16 @@ def check_images(folder: Path, files: list[str], where: Path) -> None:
     """
     if not files:
         raise UserError(f"data: {where} lists no image; expected at least one: add images, or name another split")
+    missing = missing_files(folder, files)
+    if missing:
+        raise UserError(
+            f"data: {where} names {len(missing)} of {len(files)} images that are not in {folder} "
+            f"(first: {', '.join(missing[:3])}); copy them there, or correct data.root"
+        )
+
+
+def missing_files(folder: Path, files: list[str]) -> list[str]:
+    """Those of `files` (paths relative to `folder`) that are not there; lists folders instead of asking for each."""
     seen: dict[str, set[str]] = {}
     missing = []
     for name in files:
@@ -132,11 +147,7 @@ def check_images(folder: Path, files: list[str], where: Path) -> None:
             seen[parent] = {entry.name for entry in inside.iterdir()} if inside.is_dir() else set()
         if leaf not in seen[parent]:
             missing.append(name)
-    if missing:
-        raise UserError(
-            f"data: {where} names {len(missing)} of {len(files)} images that are not in {folder} "
-            f"(first: {', '.join(missing[:3])}); copy them there, or correct data.root"
-        )
+    return missing
 
 
 def check_distinct(names: list[str], what: str, where: Path) -> None:

@@ -66,6 +66,24 @@ def read_mask(path: Path) -> np.ndarray:
         raise UserError(f"data: mask {path} cannot be read ({_reason(path, error)}); write it again") from None
 
 
+def read_channel(path: Path, modes: tuple[str, ...]) -> np.ndarray:
+    """Read a picture of one 8-bit channel, of a Pillow mode in `modes`, as uint8 [H, W]; of a palette the ids count.
+
+    Raises:
+        DamagedImage: unreadable, or of another mode.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), _open(path) as file:
+            file.load()
+            if file.mode not in modes:
+                raise DamagedImage(str(path), f"it is a picture of mode '{file.mode}', not '{modes[0]}'")
+            return np.array(file, dtype=np.uint8)
+    except DamagedImage:
+        raise
+    except Exception as error:
+        raise DamagedImage(str(path), _reason(path, error)) from None
+
+
 def _open(path: Path) -> Image.Image:
     file = Image.open(path)
     if file.width * file.height > MAX_PIXELS:

@@ -42,6 +42,10 @@ class FolderDataset(Dataset):
     def has_masks(self) -> bool:
         return self._mask_folder.is_dir()
 
+    @property
+    def mask_folders(self) -> list[Path]:
+        return [self._mask_folder]
+
     def mask(self, i: int) -> np.ndarray:
         if not self.has_masks:
             return super().mask(i)

@@ -13,10 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from wsss_dist.data.batch import Batch, EvalSample
-from wsss_dist.data.config import DataConfig
+from wsss_dist.data.config import DataConfig, MapConfig
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.decode import DamagedImage
-from wsss_dist.data.transforms import augment, normalise, sample_generator
+from wsss_dist.data.maps import check_maps, read_maps
+from wsss_dist.data.transforms import augment, clear_padding, normalise, sample_generator
 from wsss_dist.errors import UserError
 
 # So many unreadable files in a row are no accident: a wrong folder, or a disk that is gone.
@@ -75,11 +76,11 @@ def build_train_loader(
 
     Args:
         dataset: the training split; its masks are never opened.
-        cfg: augmentation and num_workers.
+        cfg: augmentation, maps and num_workers. That every image has its maps is looked up here, and a few are read.
         seed: >= 0, key of the order and of the augmentation.
         num_steps: how many steps to yield.
     Raises:
-        UserError: fewer images than a global batch, or batch sizes that do not divide.
+        UserError: fewer images than a global batch, batch sizes that do not divide, or a map missing or wrong.
     """
     if min(global_batch, micro_batch, world_size) < 1 or global_batch % (micro_batch * world_size):
         raise UserError(
@@ -92,6 +93,7 @@ def build_train_loader(
             "lower train.global_batch, or add images"
         )
     assert 0 <= rank < world_size and start_step >= 0 and num_steps >= 0 and seed >= 0
+    check_maps(dataset, cfg.maps)
     sampler = _ChunkSampler(len(dataset), seed, global_batch, micro_batch, rank, world_size, start_step, num_steps)
     return TrainLoader(dataset, cfg, seed, sampler)
 
@@ -136,22 +138,25 @@ class _TrainSamples(torch.utils.data.Dataset):
             return [error]
 
     def _batch(self, keys: list[tuple[int, int, int]]) -> Batch:
-        images, labels, boxes, ids, flipped, damaged = [], [], [], [], [], []
+        samples, labels, ids, damaged = [], [], [], []
         for step, position, index in keys:
             index, picture = _read_or_next(self.dataset, index, damaged)
-            sample = augment(picture, self.cfg, sample_generator(self.seed, step, position))
-            images.append(sample.image)
-            boxes.append(sample.box)
-            flipped.append(sample.flipped)
+            maps = read_maps(self.dataset, index, self.cfg.maps, picture.shape[:2])
+            samples.append(augment(picture, self.cfg, sample_generator(self.seed, step, position), maps))
             labels.append(torch.from_numpy(self.dataset.labels(index)))
             ids.append(self.dataset.id(index))
+        images = normalise(torch.stack([sample.image for sample in samples]))
+        boxes = [sample.box for sample in samples]
+        if self.cfg.padding == "mean":
+            clear_padding(images, boxes)
         return Batch(
-            images=normalise(torch.stack(images)),
+            images=images,
             labels=torch.stack(labels),
             boxes=torch.tensor(boxes, dtype=torch.int64),
             ids=ids,
-            flipped=torch.tensor(flipped),
+            flipped=torch.tensor([sample.flipped for sample in samples]),
             damaged=damaged,
+            maps={name: torch.stack([sample.maps[name] for sample in samples]) for name in self.cfg.maps},
         )
 
 
@@ -175,23 +180,42 @@ def build_eval_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_siz
 
     Image i of the split goes to rank i % world_size. With cfg.val_limit only that many evenly strided images count, and
     the i-th of those goes to rank i % world_size. Iterating raises a UserError at an image that cannot be read: leaving
-    it out would change the score. A split without masks gives mask = None.
+    it out would change the score. A split without masks gives mask = None. The maps are those of cfg.eval_maps.
     """
     if dataset.has_masks:
         dataset.open_masks()
     chosen = _chosen(dataset, cfg.val_limit)[rank::world_size]
-    return _EvalLoader(_EvalSamples(dataset, chosen), batch_size=None, shuffle=False, **_workers(cfg.num_workers))
+    return _EvalLoader(_EvalSamples(dataset, chosen, _eval_maps(cfg), masks=True), cfg.num_workers)
+
+
+def build_inference_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_size: int) -> DataLoader:
+    """Every image of a split with id and tags and without a mask, for a stage that makes something of each.
+
+    One `EvalSample` an item, its mask None: the masks of the split are never opened. Image i goes to rank
+    i % world_size; `len()` counts those of this rank. All of cfg.maps are given, and cfg.val_limit does not count.
+
+    Raises:
+        UserError: a map is missing or wrong; iterating: an image or a map that cannot be read.
+    """
+    check_maps(dataset, cfg.maps)
+    chosen = _chosen(dataset, None)[rank::world_size]
+    return _EvalLoader(_EvalSamples(dataset, chosen, cfg.maps, masks=False), cfg.num_workers)
 
 
 def check_eval_samples(dataset: Dataset, cfg: DataConfig, count: int = 8) -> None:
-    """Read up to `count` evenly strided images of an evaluation split with their masks, to find a mistake early.
+    """Read up to `count` evenly strided images of an evaluation split with masks and maps, to find a mistake early.
 
     Raises:
         UserError: what iterating over `build_eval_loader` would raise.
     """
-    chosen = _chosen(dataset, cfg.val_limit)
+    chosen, maps = _chosen(dataset, cfg.val_limit), _eval_maps(cfg)
+    check_maps(dataset, maps, chosen, count)
     for k in range(min(count, len(chosen))):
-        _eval_sample(dataset, int(chosen[k * len(chosen) // min(count, len(chosen))]))
+        _eval_sample(dataset, int(chosen[k * len(chosen) // min(count, len(chosen))]), {}, masks=True)
+
+
+def _eval_maps(cfg: DataConfig) -> dict[str, MapConfig]:
+    return {name: cfg.maps[name] for name in cfg.eval_maps}
 
 
 def _chosen(dataset: Dataset, limit: int | None) -> np.ndarray:
@@ -202,14 +226,17 @@ def _chosen(dataset: Dataset, limit: int | None) -> np.ndarray:
 
 
 class _EvalLoader(DataLoader):
+    def __init__(self, samples: _EvalSamples, num_workers: int) -> None:
+        super().__init__(samples, batch_size=None, shuffle=False, **_workers(num_workers))
+
     def __iter__(self) -> Iterator[EvalSample]:
         for item in super().__iter__():
             yield _raise_mistakes(item)
 
 
 class _EvalSamples(torch.utils.data.Dataset):
-    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset: Dataset, indices: np.ndarray, maps: dict[str, MapConfig], masks: bool) -> None:
+        self.dataset, self.indices, self.maps, self.masks = dataset, indices, maps, masks
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -217,33 +244,36 @@ class _EvalSamples(torch.utils.data.Dataset):
     def __getitem__(self, k: int) -> EvalSample | UserError:
         index = int(self.indices[k])
         try:
-            return _eval_sample(self.dataset, index)
+            return _eval_sample(self.dataset, index, self.maps, self.masks)
         except UserError as error:
             return error
 
 
-def _eval_sample(dataset: Dataset, index: int) -> EvalSample:
+def _eval_sample(dataset: Dataset, index: int, maps: dict[str, MapConfig], masks: bool) -> EvalSample:
     try:
         image = dataset.image(index)
     except DamagedImage as error:
+        kind, harm = ("evaluation split", "change the score") if masks else ("split", "leave the next stage without it")
         raise UserError(
-            f"data: image {error.path} of the evaluation split '{dataset.name}' cannot be read ({error.reason}); "
-            "replace the file, or take it out of the split: leaving it out silently would change the score"
+            f"data: image {error.path} of the {kind} '{dataset.name}' cannot be read ({error.reason}); "
+            f"replace the file, or take it out of the split: leaving it out silently would {harm}"
         ) from None
     mask = None
-    if dataset.has_masks:
+    if masks and dataset.has_masks:
         mask = dataset.mask(index)
         if mask.shape != image.shape[:2]:
             raise UserError(
                 f"data: the mask of {dataset.path(index)} is {mask.shape[0]} x {mask.shape[1]} (height x width), the "
                 f"image is {image.shape[0]} x {image.shape[1]}; expected the same size: make the mask again"
             )
+    given = read_maps(dataset, index, maps, image.shape[:2])
     return EvalSample(
         index=index,
         id=dataset.id(index),
         image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
         labels=torch.from_numpy(dataset.labels(index)),
         mask=None if mask is None else torch.from_numpy(mask),
+        maps={name: torch.from_numpy(values) for name, values in given.items()},
     )
 
 

@@ -1,11 +1,11 @@
-"""Training augmentation as the PCRE and ToCo papers set it; each draw comes from the generator that is given.
+"""Training augmentation as the PCRE, ToCo and P-NOC papers set it; each draw comes from the generator that is given.
 
 H W pixels, S side of the square crop.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from wsss_dist.data.config import DataConfig
+from wsss_dist.data.config import PADDING, DataConfig
+from wsss_dist.data.rand_augment import rand_augment
 
 # ImageNet statistics of RGB in [0, 1], which the pretrained backbones expect.
 MEAN = (0.485, 0.456, 0.406)
@@ -22,11 +23,13 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass
 class Augmented:
-    """One training image: uint8 [3, S, S], the box (y0, y1, x0, x1) that is no padding, and whether it is mirrored."""
+    """One training image: uint8 [3, S, S], the box (y0, y1, x0, x1) that is no padding, whether it is mirrored, and its
+    maps [S, S], uint8 for class labels and float32 else."""
 
     image: Tensor
     box: tuple[int, int, int, int]
     flipped: bool
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sample_generator(seed: int, step: int, position: int) -> np.random.Generator:
@@ -48,51 +51,119 @@ def denormalise(images: Tensor) -> Tensor:
     return images.mul(std).add(mean).mul(255.0)
 
 
-def augment(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> Augmented:
-    """Augment one image for training.
+def clear_padding(images: Tensor, boxes: list[tuple[int, int, int, int]]) -> None:
+    """Set normalised images [B, 3, S, S] to 0, the mean colour, outside their boxes (y0, y1, x0, x1); in place."""
+    for image, (y0, y1, x0, x1) in zip(images, boxes, strict=True):
+        image[:, :y0] = 0
+        image[:, y1:] = 0
+        image[:, :, :x0] = 0
+        image[:, :, x1:] = 0
 
-    "crop": resize by a factor U(scale) to int(f W) x int(f H) with an 8-bit bilinear filter, mirror with p = 0.5, pad
-    with black to at least S a side with the image at a uniform place, crop S x S at a uniform place. "squash": resize
-    to S x S, mirror with p = 0.5. Then, where configured, the photometric changes.
+
+def augment(
+    image: np.ndarray, cfg: DataConfig, rng: np.random.Generator, maps: dict[str, np.ndarray] | None = None
+) -> Augmented:
+    """Augment one image for training, and its maps with it.
+
+    1. Resize. "crop": by a factor U(scale) to int(f W) x int(f H), bilinear; "long_side": so that the long side has
+       U{low..high} pixels and the other its share, rounded, bicubic; "squash": to a square of squash_size, bilinear.
+       All are antialiased and 8 bits deep.
+    2. Mirror with p = 0.5.
+    3. Colour jitter, then RandAugment, where configured.
+    4. Pad with black to at least S a side with the image at a uniform place, crop S x S at a uniform place.
+    5. The photometric changes, where configured.
+
+    Maps go through 1, 2 and 4: class labels by the nearest pixel and padded with 255, other maps bilinearly and padded
+    with 0.
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        cfg: crop, scale, flip, augment, photometric.
-        rng: all randomness.
+        cfg: crop, augment, scale, long_side, squash_size, flip, jitter, rand_augment, photometric, maps.
+        rng: all randomness. Jitter and RandAugment have streams of their own, which nothing before them shifts.
+        maps: name -> [H, W], uint8 for kind "labels", else float32; names as in cfg.maps.
     """
-    picture = torch.from_numpy(image).permute(2, 0, 1)
-    height, width = image.shape[:2]
-    if cfg.augment == "crop":
-        factor = rng.uniform(*cfg.scale)
-        size = [max(1, int(factor * height)), max(1, int(factor * width))]
-    else:
-        size = [cfg.crop, cfg.crop]
-    if size != [height, width]:
-        picture = F.resize(picture, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+    size = _resized(image.shape[:2], cfg, rng)
     flipped = bool(rng.random() < 0.5) and cfg.flip
-    if flipped:
-        picture = F.horizontal_flip(picture)
-    picture, box = _pad_and_crop(picture, cfg.crop, rng)
+    window = _window(size, cfg.crop, rng)
+    mode = InterpolationMode.BICUBIC if cfg.augment == "long_side" else InterpolationMode.BILINEAR
+    picture = _placed(torch.from_numpy(image).permute(2, 0, 1), size, mode, flipped)
+    if cfg.jitter or cfg.rand_augment:
+        for_jitter, for_operations = rng.spawn(2)
+        if cfg.jitter:
+            picture = _jitter(picture, cfg.jitter, for_jitter)
+        if cfg.rand_augment:
+            picture = rand_augment(picture, cfg.rand_augment.n, cfg.rand_augment.m, for_operations)
+    picture = _cut(picture, window, cfg.crop, 0)
     if cfg.photometric:
         picture = _photometric(picture, rng)
-    return Augmented(picture.contiguous(), box, flipped)
+    moved = {}
+    for name, values in (maps or {}).items():
+        kind = cfg.maps[name].kind
+        # nearest-exact has half-pixel centres, as the other filters have
+        mode = InterpolationMode.NEAREST_EXACT if kind == "labels" else InterpolationMode.BILINEAR
+        values = _placed(torch.from_numpy(values)[None], size, mode, flipped)
+        moved[name] = _cut(values, window, cfg.crop, PADDING[kind])[0]
+    return Augmented(picture.contiguous(), window.box, flipped, moved)
 
 
-def _pad_and_crop(image: Tensor, side: int, rng: np.random.Generator) -> tuple[Tensor, tuple[int, int, int, int]]:
+def _resized(size: tuple[int, int], cfg: DataConfig, rng: np.random.Generator) -> tuple[int, int]:
+    """Height and width of the picture before the crop."""
+    if cfg.augment == "squash":
+        return (cfg.squash_size or cfg.crop,) * 2
+    if cfg.augment == "crop":
+        factor = rng.uniform(*cfg.scale)
+        return tuple(max(1, int(factor * length)) for length in size)
+    factor = int(rng.integers(cfg.long_side[0], cfg.long_side[1] + 1)) / max(size)
+    return tuple(max(1, round(factor * length)) for length in size)
+
+
+def _placed(values: Tensor, size: tuple[int, int], mode: InterpolationMode, flipped: bool) -> Tensor:
+    """[channels, H, W] resized to `size`, and mirrored."""
+    if size != tuple(values.shape[1:]):
+        values = F.resize(values, list(size), interpolation=mode, antialias=True)
+    return F.horizontal_flip(values) if flipped else values
+
+
+@dataclass
+class _Window:
+    """The part (y0, y1, x0, x1) of the picture that is seen, and the box of the crop where it lies."""
+
+    source: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]
+
+
+def _window(size: tuple[int, int], side: int, rng: np.random.Generator) -> _Window:
     """Pad to at least side x side, crop side x side; both at uniform integer places."""
-    out = image.new_zeros(3, side, side)
-    source, target = [], []
-    for length in image.shape[1:]:
+    source, box = [], []
+    for length in size:
         room = max(side, length) - length
         placed = int(rng.integers(0, room + 1))
         start = int(rng.integers(0, max(side, length) - side + 1))
         begin, end = max(placed - start, 0), min(placed + length - start, side)
-        target.append((begin, end))
-        source.append((begin + start - placed, end + start - placed))
-    (y0, y1), (x0, x1) = target
-    (sy0, sy1), (sx0, sx1) = source
-    out[:, y0:y1, x0:x1] = image[:, sy0:sy1, sx0:sx1]
-    return out, (y0, y1, x0, x1)
+        box += [begin, end]
+        source += [begin + start - placed, end + start - placed]
+    return _Window(tuple(source), tuple(box))
+
+
+def _cut(values: Tensor, window: _Window, side: int, fill: int) -> Tensor:
+    """[channels, H, W] to [channels, side, side], `fill` where the window is outside the picture."""
+    out = values.new_full((len(values), side, side), fill)
+    (sy0, sy1, sx0, sx1), (y0, y1, x0, x1) = window.source, window.box
+    out[:, y0:y1, x0:x1] = values[:, sy0:sy1, sx0:sx1]
+    return out
+
+
+_CHANGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+def _jitter(image: Tensor, amounts: tuple[float, float, float, float], rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast, saturation by U(1 - a, 1 + a), not below 0, hue by U(-a, a), in random order."""
+    low = [max(0.0, 1 - a) for a in amounts[:3]] + [-amounts[3]]
+    factors = rng.uniform(low, [1 + a for a in amounts[:3]] + [amounts[3]])
+    for k in rng.permutation(4):
+        if amounts[k]:
+            image = _CHANGES[k](image, float(factors[k]))
+    return image
 
 
 def _photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -102,9 +173,8 @@ def _photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
     order = rng.permutation(4)
     radius = rng.uniform(0.1, 2.0)
     if jitter < 0.8:
-        changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
         for k in order:
-            image = changes[k](image, float(factors[k]))
+            image = _CHANGES[k](image, float(factors[k]))
     if grey < 0.2:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if blur < 0.1:

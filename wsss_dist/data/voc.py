@@ -46,7 +46,11 @@ class VocDataset(Dataset):
 
     @property
     def has_masks(self) -> bool:
-        return any((self._base / name).is_dir() for name in ("SegmentationClass", "SegmentationClassAug"))
+        return any(folder.is_dir() for folder in self.mask_folders)
+
+    @property
+    def mask_folders(self) -> list[Path]:
+        return [self._base / name for name in ("SegmentationClass", "SegmentationClassAug")]
 
     def mask(self, i: int) -> np.ndarray:
         if not self.has_masks:

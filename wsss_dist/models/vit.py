@@ -39,11 +39,12 @@ class BackboneConfig(StrictModel):
         Raises:
             UserError: `data` (the run's data section) has random crops or colours.
         """
-        if self.token_cache and (data.augment != "squash" or data.photometric):
+        if self.token_cache and not data.fixed_views:
+            keys = ("augment", "squash_size", "photometric", "jitter", "rand_augment")
+            found = ", ".join(f"'data.{key}' is {getattr(data, key)!r}" for key in keys if getattr(data, key))
             raise UserError(
-                "config: 'method.backbone.token_cache' keeps tokens of views that come again, but 'data.augment' is "
-                f"{data.augment!r} and 'data.photometric' is {data.photometric}; set augment: squash and photometric: "
-                "false, or remove the cache"
+                "config: 'method.backbone.token_cache' keeps tokens of views that come again, but none does where "
+                f"{found}; set augment: squash and none of the others, or remove the cache"
             )
 
 

@@ -14,7 +14,7 @@ from wsss_dist.schema import StrictModel
 
 
 class OptimConfig(StrictModel):
-    """`optim:` section. The defaults are those of PCRE; weight decay acts on every parameter, biases too."""
+    """`optim:` section. The defaults are those of PCRE; a method can set the weight decay of a group itself."""
 
     name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
@@ -63,6 +63,7 @@ def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> 
     Args:
         method: the module that owns the parameters; frozen ones (requires_grad False) must not be in a group.
         groups: dicts with "name", "params" (list) and "lr_mult", of `Method.param_groups()`; empty ones are dropped.
+            "weight_decay" in a group takes the place of that of `cfg`.
         cfg: learning rate, betas, eps, weight decay.
     Raises:
         ValueError: a trainable parameter is in no group or in two, or a frozen one is in a group.

@@ -44,6 +44,19 @@ def test_groups():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in method.parameters())
 
 
+def test_weight_decay_of_a_group_takes_the_place_of_the_general_one():
+    method = tiny.Method(tiny.Config(), tiny.C, 10)
+    slow, fast = method.param_groups()
+    optimizer = build_optimizer(method, [slow, {**fast, "weight_decay": 0.0}], OptimConfig(lr=0.1, weight_decay=0.5))
+    before = [p.detach().clone() for p in (method.body[0].weight, method.head.weight)]
+    for p in slow["params"] + fast["params"]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    # decoupled decay without a gradient: p (1 - lr * decay)
+    torch.testing.assert_close(method.body[0].weight.detach(), before[0] * 0.95)
+    assert torch.equal(method.head.weight, before[1])
+
+
 def test_a_parameter_forgotten_doubled_or_frozen_is_an_error():
     method = tiny.Method(tiny.Config(), tiny.C, 10)
     slow, fast = method.param_groups()

@@ -85,5 +85,8 @@ class BaseMethod(nn.Module):
         raise NotImplementedError
 
     def param_groups(self) -> list[dict]:
-        """Groups for the optimiser: dicts with "name", "params" (list) and "lr_mult"; each parameter once."""
+        """Groups for the optimiser: dicts with "name", "params" (list) and "lr_mult"; each parameter once.
+
+        "weight_decay" in a group takes the place of `optim.weight_decay`.
+        """
         raise NotImplementedError

@@ -124,6 +124,9 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], path: str, name: str)
             new_size=list(model.patch_embed.grid_size),
             num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
         )
+    for key, count in wanted.items():  # files converted from Caffe or written before torch 0.4.1 have no counters
+        if key.endswith(".num_batches_tracked"):
+            state.setdefault(key, count)
     missing = sorted(set(wanted) - set(state))
     unknown = sorted(set(state) - set(wanted))
     shapes = sorted(k for k in set(state) & set(wanted) if state[k].shape != wanted[k].shape)

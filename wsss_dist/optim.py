@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from wsss_dist.schema import StrictModel
@@ -16,15 +16,27 @@ from wsss_dist.schema import StrictModel
 class OptimConfig(StrictModel):
     """`optim:` section. The defaults are those of PCRE; a method can set the weight decay of a group itself."""
 
-    name: Literal["adamw"] = "adamw"
+    # adam adds the weight decay to the gradient, adamw takes it off the weights
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # of adam and adamw, as eps
     eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)  # of sgd, as nesterov
+    nesterov: bool = False
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     warmup_steps: int = Field(1500, ge=0)
     warmup_ratio: float = Field(1e-6, ge=0, le=1)
     power: float = Field(0.9, gt=0)
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_optimiser(self) -> OptimConfig:
+        of_another = ("betas", "eps") if self.name == "sgd" else ("momentum", "nesterov")
+        if given := [key for key in of_another if getattr(self, key) != type(self).model_fields[key].default]:
+            raise ValueError(f"'{given[0]}' is no setting of name: {self.name}; remove it")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("'nesterov' needs a 'momentum' above 0")
+        return self
 
 
 def lr_factor(step: int, cfg: OptimConfig, total_steps: int) -> float:
@@ -58,13 +70,13 @@ def set_lr(groups: Iterable[dict], step: int, cfg: OptimConfig, total_steps: int
 
 
 def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the groups of a method, the fused kernel on a GPU.
+    """The optimiser over the groups of a method, the fused kernel on a GPU.
 
     Args:
         method: the module that owns the parameters; frozen ones (requires_grad False) must not be in a group.
         groups: dicts with "name", "params" (list) and "lr_mult", of `Method.param_groups()`; empty ones are dropped.
             "weight_decay" in a group takes the place of that of `cfg`.
-        cfg: learning rate, betas, eps, weight decay.
+        cfg: which one, and its settings.
     Raises:
         ValueError: a trainable parameter is in no group or in two, or a frozen one is in a group.
     """
@@ -83,6 +95,8 @@ def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> 
         raise ValueError(f"optim: trainable parameters in no group of param_groups(): {', '.join(sorted(missing))}")
     fused = next(method.parameters()).is_cuda
     kept = [{"lr_mult": 1.0, **g, "params": list(g["params"])} for g in groups if len(g["params"])]
-    return torch.optim.AdamW(
-        kept, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=fused or None
-    )
+    common = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": fused or None}
+    if cfg.name == "sgd":
+        return torch.optim.SGD(kept, momentum=cfg.momentum, nesterov=cfg.nesterov, **common)
+    kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
+    return kind(kept, betas=cfg.betas, eps=cfg.eps, **common)

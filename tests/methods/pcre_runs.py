@@ -48,7 +48,7 @@ def batches(config: dict, step: int) -> list[Batch]:
     out = []
     for i in range(dist.rank() * micro, size, dist.world_size() * micro):
         part = random_batch(micro)
-        for name in ("images", "labels", "boxes", "flipped", "ids"):
+        for name in ("images", "labels", "boxes", "flipped", "draws", "ids"):
             setattr(part, name, getattr(whole, name)[i : i + micro])
         out.append(part)
     return out

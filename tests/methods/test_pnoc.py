@@ -67,28 +67,23 @@ def test_tiles_in_the_order_of_the_paper_and_back():
     assert torch.equal(stitch(cut), x)
 
 
-def test_the_drawn_class_is_a_tag_and_all_of_them_are_drawn():
+def test_the_drawn_class_is_the_tag_that_the_draw_says():
     labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     maps = torch.arange(1.0, 10.0).reshape(3, 3, 1, 1).expand(3, 3, 2, 2)
-    torch.manual_seed(0)
-    seen = set()
-    for _ in range(40):
-        own, rest = draw_class(maps, labels)
+    for draw, taken in ((0.0, 0), (0.49, 0), (0.5, 2), (0.999999, 2)):
+        own, rest = draw_class(maps, labels, torch.full((3,), draw, dtype=torch.float64))
+        assert own[0, 0, 0] == maps[0, taken, 0, 0] and rest[0].tolist() == [float(taken == 2), 0.0, float(taken == 0)]
         assert own[1, 0, 0] == 5.0 and rest[1].sum() == 0
         assert own[2].abs().max() == 0 and rest[2].sum() == 0, "without tags there is nothing to erase"
-        drawn = (labels[0] - rest[0]).nonzero().item()
-        assert own[0, 0, 0] == maps[0, drawn, 0, 0] and labels[0, drawn] == 1
-        seen.add(drawn)
-    assert seen == {0, 2}
 
 
 def phases(method, batch, step, leak):
-    """Both phases by plain autograd, each with its own backward pass; the random state is that of the caller."""
+    """Both phases by plain autograd, each with its own backward pass."""
     cfg, g, n = method.cfg, method.generator, method.second
     progress, targets = step / method.train_steps, 0.9 * batch.labels + 0.05
     maps = g(batch.images)
     again = stitch(g(tiles(batch.images)))
-    drawn, rest = draw_class(maps, batch.labels)
+    drawn, rest = draw_class(maps, batch.labels, batch.draws)
     up = torch.nn.functional.interpolate(drawn.relu()[:, None], batch.images.shape[2:], mode="bilinear")
     soft = batch.images * (1 - up / (up.max() + 1e-5))
     generator = tag_loss(maps.mean((2, 3)), targets) + tag_loss(again.mean((2, 3)), targets)
@@ -110,9 +105,7 @@ def phases(method, batch, step, leak):
 def test_one_step_against_two_phases_by_plain_autograd(second, leak):
     method, batch, step = make(second, noc_leak=leak), random_batch(), 40
     twin = copy.deepcopy(method)
-    torch.manual_seed(3)
     want_loss, want_g, want_n, leaks = phases(twin, batch, step, leak)
-    torch.manual_seed(3)
     out = method.training_step(batch, step)
     out["loss"].backward()
     terms = out["loss"].item() - method.cfg.noc.at(0.4) * out["loss_noc"].item()
@@ -130,7 +123,6 @@ def test_the_generator_has_the_same_gradient_with_and_without_the_leak(second):
     grads = []
     for leak in (False, True):
         method = make(second, noc_leak=leak)
-        torch.manual_seed(3)
         method.training_step(random_batch(), 40)["loss"].backward()
         grads.append((gradients(method.generator), gradients(method.second)))
     assert all(torch.equal(a, b) for a, b in zip(grads[0][0].values(), grads[1][0].values(), strict=True))
@@ -155,9 +147,7 @@ def test_the_second_classifier_keeps_its_statistics_and_stays_in_evaluation_mode
     method.training_step(random_batch(), 40)["loss"].backward()
     assert not any(m.training for m in method.second.modules())
     assert all(torch.equal(b, before[n]) for n, b in method.second.named_buffers())
-    assert all(
-        p.requires_grad for n, p in method.second.named_parameters() if "bn" not in n and "downsample.1" not in n
-    )
+    assert all(p.requires_grad and p.grad is not None for p in method.second.parameters() if p.ndim == 4)
 
 
 TERMS = {
@@ -174,7 +164,6 @@ def test_each_variant_has_its_terms_and_its_scale(second, variant):
     out = []
     for scale in (1.0, 2.0):
         method = make(second, variant, loss_scale=scale)
-        torch.manual_seed(3)
         out.append(method.training_step(random_batch(), 40))
     assert set(out[0]) == TERMS[variant] | {"loss"}
     assert out[1]["loss"].item() == pytest.approx(2 * out[0]["loss"].item())
@@ -192,6 +181,7 @@ def test_puzzle_looks_at_tags_alone_and_averages_over_all_classes(second):
 
 def test_cams_are_summed_over_scales_and_mirror_images_and_peak_at_1(second):
     method, batch = make(second, "plain").eval(), random_batch()
+    method.generator.head.conv.weight.data.abs_()  # every class somewhere above 0
     kwargs = {"seg_scales": [1.0], "fuse": "voc"}
     cam = method.predict(batch, cam_scales=[1.0, 0.5], **kwargs).cam
     assert cam.shape == (4, NUM_CLASSES, 64, 64) and cam.min() == 0

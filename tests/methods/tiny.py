@@ -38,6 +38,7 @@ def random_batch(size=4, side=64, seed=0, num_classes=NUM_CLASSES):
         boxes=boxes,
         ids=[f"image{i}" for i in range(size)],
         flipped=torch.zeros(size, dtype=torch.bool),
+        draws=torch.rand(size, generator=g, dtype=torch.float64),
     )
 
 

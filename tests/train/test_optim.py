@@ -44,6 +44,41 @@ def test_groups():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in method.parameters())
 
 
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        # p = 2, gradient 0.5, lr 0.1, decay 0.1; two steps by hand
+        ({"name": "sgd"}, (2 - 0.1 * 0.7, 1.93 - 0.1 * (0.5 + 0.193))),
+        ({"name": "sgd", "momentum": 0.9}, (1.93, 1.93 - 0.1 * (0.9 * 0.7 + 0.693))),
+        ({"name": "sgd", "momentum": 0.9, "nesterov": True}, (2 - 0.1 * 1.9 * 0.7, 1.6798270)),
+        ({"name": "adam"}, (1.9, 1.8000400)),  # the first step of Adam is lr, whatever the gradient
+        ({"name": "adamw"}, (2 * 0.99 - 0.1, 1.88 * 0.99 - 0.1)),
+    ],
+)
+def test_each_optimiser_by_hand(settings, expected):
+    method = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(method.weight, 2.0)
+    cfg = OptimConfig(lr=0.1, weight_decay=0.1, **settings)
+    optimizer = build_optimizer(method, [{"name": "all", "params": [method.weight]}], cfg)
+    for value in expected:
+        method.weight.grad = torch.full_like(method.weight, 0.5)
+        optimizer.step()
+        assert method.weight.item() == pytest.approx(value, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"name": "sgd", "betas": [0.9, 0.95]}, "'betas' is no setting of name: sgd"),
+        ({"momentum": 0.9}, "'momentum' is no setting of name: adamw"),
+        ({"name": "sgd", "nesterov": True}, "'nesterov' needs a 'momentum' above 0"),
+    ],
+)
+def test_settings_of_another_optimiser_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(lr=0.1, **settings)
+
+
 def test_weight_decay_of_a_group_takes_the_place_of_the_general_one():
     method = tiny.Method(tiny.Config(), tiny.C, 10)
     slow, fast = method.param_groups()

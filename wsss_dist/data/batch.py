@@ -21,6 +21,8 @@ class Batch:
     ids     name of each image within its data set.
     flipped [B] bool, True where the transform mirrored the image.
     damaged (path, reason) of each file that could not be read and was replaced by another sample.
+    draws   [B] float64, one uniform number in [0, 1) per image from (seed, step, position) for what a method draws by
+            image, so that it depends neither on the ranks nor on the micro batches; training alone has it.
     maps    name -> [B, H, W] of what an earlier stage made (`data.maps`): uint8 for kind "labels" (0 background, 1..C
             classes, 255 undecided or padding), else float32 (padding 0).
     """
@@ -31,6 +33,7 @@ class Batch:
     ids: list[str]
     flipped: Tensor
     damaged: list[tuple[str, str]] = field(default_factory=list)
+    draws: Tensor | None = None
     maps: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -49,7 +52,8 @@ class Batch:
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {k: move(getattr(self, k)) for k in ("images", "labels", "boxes", "flipped")}
+        names = [k for k in ("images", "labels", "boxes", "flipped", "draws") if getattr(self, k) is not None]
+        tensors = {k: move(getattr(self, k)) for k in names}
         return replace(self, **tensors, maps={name: move(values) for name, values in self.maps.items()})
 
 

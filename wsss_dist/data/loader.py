@@ -138,11 +138,13 @@ class _TrainSamples(torch.utils.data.Dataset):
             return [error]
 
     def _batch(self, keys: list[tuple[int, int, int]]) -> Batch:
-        samples, labels, ids, damaged = [], [], [], []
+        samples, labels, ids, draws, damaged = [], [], [], [], []
         for step, position, index in keys:
             index, picture = _read_or_next(self.dataset, index, damaged)
             maps = read_maps(self.dataset, index, self.cfg.maps, picture.shape[:2])
-            samples.append(augment(picture, self.cfg, sample_generator(self.seed, step, position), maps))
+            rng = sample_generator(self.seed, step, position)
+            samples.append(augment(picture, self.cfg, rng, maps))
+            draws.append(rng.random())
             labels.append(torch.from_numpy(self.dataset.labels(index)))
             ids.append(self.dataset.id(index))
         images = normalise(torch.stack([sample.image for sample in samples]))
@@ -156,6 +158,7 @@ class _TrainSamples(torch.utils.data.Dataset):
             ids=ids,
             flipped=torch.tensor([sample.flipped for sample in samples]),
             damaged=damaged,
+            draws=torch.tensor(draws, dtype=torch.float64),
             maps={name: torch.stack([sample.maps[name] for sample in samples]) for name in self.cfg.maps},
         )
 

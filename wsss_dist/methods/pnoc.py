@@ -168,7 +168,7 @@ class Method(BaseMethod):
             out["loss_puzzle"] = (batch.labels[:, :, None, None] * (maps - again).abs()).mean()
             loss = loss + out["loss_tiles"] + cfg.puzzle.at(progress) * out["loss_puzzle"]
         if cfg.variant in ERASING:
-            drawn, rest = draw_class(maps, batch.labels)
+            drawn, rest = draw_class(maps, batch.labels, batch.draws)
             largest = dist.batch_max(kernels.erase_maximum(drawn, batch.images.shape[-2:]))
             soft = kernels.erase_soft(batch.images, drawn, maximum=largest)
             with nullcontext() if cfg.noc_leak else frozen(self.second):
@@ -220,13 +220,19 @@ def stitch(maps: Tensor) -> Tensor:
     return torch.cat([torch.cat(parts[r * TILES : (r + 1) * TILES], 3) for r in range(TILES)], 2)
 
 
-def draw_class(maps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One of its tags at random for each image: the map of that class [B, h, w], and the tags left over [B, C].
+def draw_class(maps: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """One of its tags for each image: the map of that class [B, h, w], and the tags left over [B, C].
 
     An image without tags keeps none and gets a map of zeros.
+
+    Args:
+        maps: [B, C, h, w].
+        labels: [B, C] in {0, 1}.
+        draws: [B] uniform in [0, 1); an image with n tags takes tag floor(draw n).
     """
     tagged = labels.any(1)
-    drawn = torch.multinomial(torch.where(tagged[:, None], labels, 1.0), 1)
+    rank = (draws * labels.sum(1)).long()[:, None]
+    drawn = (labels.cumsum(1) > rank).float().argmax(1, keepdim=True)
     own = maps.gather(1, drawn[:, :, None, None].expand(-1, -1, *maps.shape[2:]))[:, 0]
     return own * tagged[:, None, None], labels.scatter(1, drawn, 0.0)
 

@@ -75,15 +75,18 @@ def weights_note(weights: str | None) -> str | None:
         return (file.metadata() or {}).get("note")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, key: str = "method.backbone.weights") -> dict[str, Tensor]:
     """The tensors of a weights file, read without running any code in it.
 
+    Args:
+        path: a `.safetensors`, `.pth`, `.pt` or `.bin` file.
+        key: the config key that names the file, for messages.
     Raises:
         UserError: the file is missing, damaged, or of another kind.
     """
     if not path.is_file():
         raise UserError(
-            f"weights file {path} does not exist; correct method.backbone.weights "
+            f"weights file {path} does not exist; correct {key} "
             "(`python launch/prepare_data.py weights` makes those of the quickstart)"
         )
     try:
@@ -141,3 +144,26 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], path: str, name: str)
             "correct method.backbone.name or method.backbone.weights"
         )
     model.load_state_dict(state)
+
+
+def load_part(module: nn.Module, path: Path, prefix: str, key: str) -> None:
+    """Load a module from the part of a method's weights whose names start with `prefix`.
+
+    Args:
+        module: what gets the weights.
+        path: `model.safetensors` of a finished run.
+        prefix: "generator." and the like.
+        key: the config key that names the file, for messages.
+    Raises:
+        UserError: the file is missing or damaged, or of another network or other classes.
+    """
+    state = {k.removeprefix(prefix): v for k, v in read_state_dict(path, key).items() if k.startswith(prefix)}
+    wanted = module.state_dict()
+    for name in wanted:
+        if name not in state or state[name].shape != wanted[name].shape:
+            found = list(state[name].shape) if name in state else "nothing"
+            raise UserError(
+                f"weights file {path} ('{key}') does not fit: '{prefix}{name}' is {found} there, expected "
+                f"{list(wanted[name].shape)}; name a run with the same backbone and classes"
+            )
+    module.load_state_dict({name: state[name] for name in wanted})

@@ -11,6 +11,7 @@ from kernels.dilate_regions.op import dilate_regions
 from kernels.max_upsampled_masks.op import max_upsampled_masks
 from kernels.par.op import par
 from kernels.patch_token_contrast.op import patch_token_contrast
+from kernels.path_affinity_loss.op import path_affinity_counts, path_affinity_loss
 from kernels.radius_mask.op import radius_mask
 from kernels.random_walk.op import random_walk
 from kernels.select_regions.op import RegionSelection, select_regions
@@ -28,6 +29,8 @@ __all__ = [
     "max_upsampled_masks",
     "par",
     "patch_token_contrast",
+    "path_affinity_counts",
+    "path_affinity_loss",
     "radius_mask",
     "random_walk",
     "select_regions",

@@ -24,6 +24,8 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "max_upsampled_masks": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "patch_token_contrast": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "path_affinity_counts": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "path_affinity_loss": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "radius_mask": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "random_walk": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "select_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},

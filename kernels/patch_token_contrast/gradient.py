@@ -1,4 +1,4 @@
-"""Autograd of the contrast losses: their forward ops return the gradient with the loss, backward only scales it."""
+"""Autograd of losses whose forward ops return the gradient with the loss: backward only scales it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def _fake(grad, gradient, tokens):
 
 
 def _second_gradient(ctx, grad):
-    raise RuntimeError("patch_token_contrast, class_patch_contrast: the gradient itself is not differentiable")
+    ops = "path_affinity_loss, patch_token_contrast, class_patch_contrast"
+    raise RuntimeError(f"{ops}: the gradient itself is not differentiable")
 
 
 contrast_backward.register_autograd(_second_gradient)

@@ -15,6 +15,7 @@ TINY = {
     "dilate_regions": (1, 2, 9, 8, 3.0, 0.1),
     "max_upsampled_masks": (2, 4, 5, 2, 6, 2.0, True),
     "par": (1, 2, 9, 8),
+    "path_affinity_loss": (2, 9, 12, 3),
     "radius_mask": (2, 4, 5, 2.0, True),
     "random_walk": (1, 3, 9, 8),
     "select_regions": (2, 6, 7, 12, 2, 3.0),

@@ -14,8 +14,8 @@ from kernels.backend import AUTO
 RUNS = 20
 ORDERS = ([0, 1, 2], [2, 0, 1], [1, 2, 0])  # sample 0 comes first, second, third
 # A reference is plain torch, where even a sigmoid may have other bits in a vector than at the end of a thread's share:
-# it promises equal bits on one thread. Those of these two are decisions and counts.
-STEADY_REFERENCES = {"dilate_regions", "select_regions"}
+# it promises equal bits on one thread. Those of these are decisions and counts.
+STEADY_REFERENCES = {"dilate_regions", "path_affinity_counts", "select_regions"}
 
 
 # The inputs are made once: plain torch may give other bits on other threads.
@@ -109,6 +109,18 @@ def class_patch_contrast(order, backend):
     return [value.detach()], [*torch.autograd.grad(value, classes)]
 
 
+def path_affinity_loss(order, backend):
+    logits, labels = leaf(randn(3, 1, 50, 140)[order]), (rand(3, 50, 140) * 3).long()[order]
+    value = kernels.path_affinity_loss(logits, labels, radius=4, ignore_index=2, backend=backend)
+    return [value.detach()], [*torch.autograd.grad(value, logits)]
+
+
+def path_affinity_counts(order, backend):
+    labels = (rand(3, 50, 140) * 3).long()[order]
+    own = [kernels.path_affinity_counts(x, radius=4, ignore_index=2, backend=backend) for x in labels.split(1)]
+    return [kernels.path_affinity_counts(labels, radius=4, ignore_index=2, backend=backend)], [torch.stack(own)]
+
+
 CASES = {
     "class_patch_contrast": class_patch_contrast,
     "dense_crf": dense_crf,
@@ -121,6 +133,8 @@ CASES = {
     "max_upsampled_masks": max_upsampled_masks,
     "par": par,
     "patch_token_contrast": patch_token_contrast,
+    "path_affinity_counts": path_affinity_counts,
+    "path_affinity_loss": path_affinity_loss,
     "radius_mask": radius_mask,
     "random_walk": random_walk,
     "select_regions": select_regions,

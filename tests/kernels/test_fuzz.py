@@ -297,3 +297,44 @@ def test_fuzz_class_patch_contrast(data, count, spoil):
     all_finite(loss, grad)
     want = kernels.class_patch_contrast(tokens.double(), patches.double(), labels, present, backend="reference")
     same(loss, want, 1e-6, 1e-6)
+
+
+def edge_labels(b, h, w):
+    """Few labels, 3 stands for an ignored one."""
+    return tensors((b, h, w), ("steps", "zero", "unit"), INTEGERS).map(lambda x: x.long().remainder(4).to(x.dtype))
+
+
+@fuzz
+@given(st.data(), st.integers(1, 2), spoils(2))
+def test_fuzz_path_affinity_loss(data, count, spoil):
+    b, h, w = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 45)))
+    logits = data.draw(tensors((b, h, w), FINITE, HALF_OR_SINGLE))
+    assume(logits.isfinite().all())
+    logits, labels = logits.detach().requires_grad_(), data.draw(edge_labels(b, h, w))
+    options = {"radius": data.draw(st.sampled_from((1, 2, 3, 5, 10, 16))), "ignore_index": 3}
+    if data.draw(st.booleans()):
+        options["counts"] = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=3, max_size=3)))
+    with threads(count):
+        loss = call("path_affinity_loss", logits, labels, spoil=spoil, **options)
+        if spoil is not None:
+            return
+        (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.shape == () and grad.shape == logits.shape and grad.dtype == logits.dtype
+    all_finite(loss, grad)
+    twin = logits.detach().float().requires_grad_()
+    want = kernels.path_affinity_loss(twin, labels, backend="reference", **options)
+    same(loss, want, 1e-6, 1e-12)
+    # The gradient comes in the dtype of the logits; bf16 keeps 8 bits of it, and fp16 has steps of 6e-8.
+    same(grad, *torch.autograd.grad(want, twin), 1e-6 if logits.dtype == torch.float32 else 1e-2, 1e-7)
+
+
+@fuzz
+@given(st.data(), st.integers(1, 2), spoils(1))
+def test_fuzz_path_affinity_counts(data, count, spoil):
+    b, h, w = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 150)))
+    labels = data.draw(edge_labels(b, h, w))
+    options = {"radius": data.draw(st.sampled_from((1, 2, 3, 5, 10, 16))), "ignore_index": 3}
+    with threads(count):
+        out = call("path_affinity_counts", labels, spoil=spoil, **options)
+    if spoil is None:
+        assert torch.equal(out, kernels.path_affinity_counts(labels, backend="reference", **options))

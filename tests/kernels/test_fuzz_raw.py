@@ -16,6 +16,7 @@ from tests.kernels.fuzzing import (
     INTS,
     SIGMAS,
     SIZES,
+    anything,
     bools,
     fuzz,
     or_other,
@@ -165,6 +166,24 @@ def max_upsampled_masks_backward(draw):
     return grad, draw(wanted_or_any(st.just(winner))), logits, *rest, h, w, draw(small(-1, 30))
 
 
+def edge_labels(shape):
+    return wanted_or_any(tensors(shape, ("steps", "zero", "unit"), INTEGERS).map(lambda x: x.long().abs().to(x.dtype)))
+
+
+@st.composite
+def path_affinity_counts(draw):
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 150)))
+    return draw(edge_labels(shape)), draw(small(1, 16)), draw(small(-2, 255))
+
+
+@st.composite
+def path_affinity_loss(draw):
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 45)))
+    counts = st.none() | st.lists(small(0, 9), min_size=3, max_size=3).map(torch.tensor)
+    rest = draw(small(1, 16)), draw(small(-2, 255)), draw(counts | anything()), draw(st.booleans())
+    return draw(floats(shape)), draw(edge_labels(shape)), *rest
+
+
 ARGUMENTS = [
     par,
     dense_crf,
@@ -179,6 +198,8 @@ ARGUMENTS = [
     select_regions,
     max_upsampled_masks,
     max_upsampled_masks_backward,
+    path_affinity_counts,
+    path_affinity_loss,
 ]
 
 

@@ -38,8 +38,16 @@ def fields(d):
     return [*(1e5 * e.detach() for e in energies), 1e5 * probs.grad, *crf]
 
 
+def paths(d):
+    logits, labels = torch.randn(2, 1, 20, 30).to(d).requires_grad_(), torch.randint(0, 3, (2, 20, 30)).to(d)
+    counts = kernels.path_affinity_counts(labels)
+    loss = kernels.path_affinity_loss(logits, labels, counts=counts + 5)
+    loss.backward()
+    return [counts.float(), loss, 1e3 * logits.grad]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [contrast, regions, discs, fields], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [contrast, regions, discs, fields, paths], ids=lambda f: f.__name__)
 def test_equals_the_cpu_and_repeats(case):
     results = []
     for device in ("cpu", "cuda", "cuda"):
@@ -50,6 +58,6 @@ def test_equals_the_cpu_and_repeats(case):
         torch.testing.assert_close(first, cpu, rtol=1e-5, atol=1e-6)  # fp32 sums in another order
 
 
-@pytest.mark.parametrize("case", [contrast, regions, discs, fields], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [contrast, regions, discs, fields, paths], ids=lambda f: f.__name__)
 def test_the_cases_run_on_the_cpu(case):
     assert all(torch.isfinite(x).all() for x in case("cpu"))

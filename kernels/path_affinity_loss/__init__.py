@@ -1,0 +1,1 @@
+"""The op `path_affinity_loss`: see op.py for its contract and reference.py for its definition."""

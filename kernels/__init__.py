@@ -4,10 +4,13 @@ The names below are the API. `configure` sets the backends, `available_backends`
 """
 
 from kernels.backend import available_backends, check_backends, configure
+from kernels.c2am_contrast.op import c2am_contrast
+from kernels.c2am_pool.op import c2am_pool
 from kernels.class_patch_contrast.op import class_patch_contrast
 from kernels.dense_crf.op import dense_crf, dense_crf_unary
 from kernels.dense_energy.op import dense_energy
 from kernels.dilate_regions.op import dilate_regions
+from kernels.erase.op import erase_hard, erase_maximum, erase_soft
 from kernels.max_upsampled_masks.op import max_upsampled_masks
 from kernels.par.op import par
 from kernels.patch_token_contrast.op import patch_token_contrast
@@ -19,6 +22,8 @@ from kernels.select_regions.op import RegionSelection, select_regions
 __all__ = [
     "RegionSelection",
     "available_backends",
+    "c2am_contrast",
+    "c2am_pool",
     "check_backends",
     "class_patch_contrast",
     "configure",
@@ -26,6 +31,9 @@ __all__ = [
     "dense_crf_unary",
     "dense_energy",
     "dilate_regions",
+    "erase_hard",
+    "erase_maximum",
+    "erase_soft",
     "max_upsampled_masks",
     "par",
     "patch_token_contrast",

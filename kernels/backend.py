@@ -17,10 +17,12 @@ BACKENDS = ("reference", "native", "triton")
 
 # What `auto` tries, first to last. An op or a device not listed here has its reference alone.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    "c2am_pool": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "class_patch_contrast": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "dense_crf": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "dense_energy": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "dilate_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "erase": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "max_upsampled_masks": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "par": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "patch_token_contrast": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
@@ -30,7 +32,8 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "random_walk": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "select_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
 }
-NATIVE_NAMES = {"dense_energy": "lattice_filter"}  # torch.ops.wsss.<name>, where it is not the name of the op
+# torch.ops.wsss.<name>, where it is not the name of the op
+NATIVE_NAMES = {"dense_energy": "lattice_filter", "erase": "erase_soft"}
 
 _implementations: dict[str, dict[str, Callable]] = {}
 _settings: dict[str, str] = {"default": "auto"}

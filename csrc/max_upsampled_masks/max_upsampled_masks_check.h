@@ -21,11 +21,6 @@ inline void check_max_upsampled(const at::Tensor& logits, const at::Tensor& pair
   TORCH_CHECK_VALUE(out_h >= 1 && out_w >= 1, "max_upsampled_masks: size must be >= 1, got (", out_h, ", ", out_w, ")");
 }
 
-// float32, float64 for float64 logits.
-inline at::ScalarType accumulate_type(const at::Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 inline void check_max_upsampled_backward(const at::Tensor& grad, const at::Tensor& winner, const at::Tensor& logits,
                                          int64_t num_pairs) {
   TORCH_CHECK_VALUE(winner.dim() == 3 && winner.size(0) == num_pairs,

@@ -21,23 +21,6 @@ namespace {
 
 constexpr int64_t kMembersAtOnce = 64;  // bounds the memory of the upsampled rows
 
-template <class T>
-std::vector<Tap<T>> taps_of(int64_t num_in, int64_t num_out) {
-  std::vector<Tap<T>> taps(num_out);
-  for (int64_t i = 0; i < num_out; ++i) taps[i] = axis_tap<T>(i, num_in, num_out);
-  return taps;
-}
-
-template <class T>
-std::vector<TapRun> runs_of(const std::vector<Tap<T>>& taps) {
-  std::vector<TapRun> runs;
-  for (int64_t i = 0; i < static_cast<int64_t>(taps.size()); ++i) {
-    if (runs.empty() || runs.back().low != taps[i].low) runs.push_back({i, i, taps[i].low, taps[i].high});
-    runs.back().end = i + 1;
-  }
-  return runs;
-}
-
 // All that the pairs share.
 template <class T>
 struct Resize {

@@ -1,8 +1,6 @@
 // CUDA kernels of max_upsampled_masks. Forward: one thread per pixel runs through the members in ascending order.
 // Backward: one thread per logit gathers from the pixels around it, so every sum has one order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda_scalar.cuh"
 #include "max_upsampled_masks/max_upsampled_masks.h"
 
 namespace wsss {
@@ -13,14 +11,10 @@ constexpr int64_t kMaxGridY = 65535;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 __device__ __forceinline__ double sigmoid(double x) { return 1. / (1. + exp(-x)); }
-__device__ __forceinline__ float probability(float x) { return sigmoid(x); }
-__device__ __forceinline__ double probability(double x) { return sigmoid(x); }
-__device__ __forceinline__ float probability(__half x) { return sigmoid(__half2float(x)); }
-__device__ __forceinline__ float probability(__nv_bfloat16 x) { return sigmoid(__bfloat162float(x)); }
-__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
-__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
-__device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+template <class S>
+__device__ __forceinline__ auto probability(S x) {
+  return sigmoid(widen(x));
+}
 
 // Distance from `at` to the interval [low, high].
 __device__ __forceinline__ int away(int at, int low, int high) { return at < low ? low - at : max(at - high, 0); }

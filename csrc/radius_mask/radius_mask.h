@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "host_device.h"
+#include "scalar.h"
 
 namespace wsss {
 
@@ -70,7 +71,6 @@ void sigmoid_spans(const float* from, const std::vector<Span>& spans, float* to)
 void zero_spans(const std::vector<Span>& spans, float* to);
 void sigmoid_gradient_spans(const float* grad, const float* y, const std::vector<Span>& spans, float* to);
 
-enum class Scalar { f32, f64, f16, bf16 };
 // CUDA, on `stream`. logits, out, grad and result [rows, N] of the given type; rows = B * N.
 void radius_mask_cuda(const void* logits, void* out, Scalar type, int64_t rows, int64_t h, int64_t w, const Disc& disc,
                       DeviceStream stream);

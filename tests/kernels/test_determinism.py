@@ -121,7 +121,26 @@ def path_affinity_counts(order, backend):
     return [kernels.path_affinity_counts(labels, radius=4, ignore_index=2, backend=backend)], [torch.stack(own)]
 
 
+def erase_soft(order, backend):
+    images, maps = picture(41, 53)[order], leaf(randn(3, 9, 10)[order])
+    out = kernels.erase_soft(images, maps, backend=backend)
+    return [], [out.detach(), *torch.autograd.grad(out, maps, randn(3, 3, 41, 53)[order])]
+
+
+def erase_hard(order, backend):
+    images, maps = picture(41, 53)[order], randn(3, 9, 10)[order]
+    return [], [kernels.erase_hard(images, maps, backend=backend)]
+
+
+def c2am_pool(order, backend):
+    features, logits = leaf(randn(3, 150, 9, 10)[order]), leaf(rand(3, 1, 9, 10)[order])
+    out = kernels.c2am_pool(features, logits, backend=backend)
+    grads = torch.autograd.grad(out, (features, logits), list(randn(3, 2, 150)[order].unbind(1)))
+    return [], [*(x.detach() for x in out), *grads]
+
+
 CASES = {
+    "c2am_pool": c2am_pool,
     "class_patch_contrast": class_patch_contrast,
     "dense_crf": dense_crf,
     "dense_crf, pruned": lambda order, backend: dense_crf(order, backend, prune=1e-3),
@@ -130,6 +149,8 @@ CASES = {
     ),
     "dense_energy": dense_energy,
     "dilate_regions": dilate_regions,
+    "erase, soft": erase_soft,
+    "erase, hard": erase_hard,
     "max_upsampled_masks": max_upsampled_masks,
     "par": par,
     "patch_token_contrast": patch_token_contrast,

@@ -338,3 +338,56 @@ def test_fuzz_path_affinity_counts(data, count, spoil):
         out = call("path_affinity_counts", labels, spoil=spoil, **options)
     if spoil is None:
         assert torch.equal(out, kernels.path_affinity_counts(labels, backend="reference", **options))
+
+
+@fuzz
+@given(st.data(), st.integers(1, 2), spoils(2))
+def test_fuzz_erase(data, count, spoil):
+    b, height, width = data.draw(st.tuples(st.integers(0, 3), SIZES, st.integers(0, 35)))
+    h, w = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    kinds = data.draw(st.sampled_from((("tame", "steps"), FINITE)))
+    images = data.draw(tensors((b, 3, height, width), kinds, FLOATS))
+    maps = data.draw(tensors((b, h, w), kinds, FLOATS)).detach().requires_grad_()
+    assume(images.isfinite().all() and maps.isfinite().all())
+    threshold = data.draw(st.sampled_from((0.0, 0.2, 0.5, 1.0)))
+    with threads(count):
+        kept = call("erase_hard", images, maps, threshold=threshold, spoil=spoil)
+        out = call("erase_soft", images, maps, spoil=spoil)
+        if spoil is not None:
+            return
+        (grad,) = torch.autograd.grad(out.float(), maps, torch.full(out.shape, 1e-2))
+    assert out.shape == kept.shape == images.shape and out.dtype == kept.dtype == images.dtype
+    assert ((kept == 0) | (kept == images)).all() and grad.shape == maps.shape and grad.dtype == maps.dtype
+    all_finite(out)
+    twin = maps.detach().double().requires_grad_()
+    want = kernels.erase_soft(images.double(), twin, backend="reference")
+    eps = 2 * max(torch.finfo(images.dtype).eps, 0 if maps.dtype == torch.float64 else 2e-6)
+    same(out, want, 0, eps * images.detach().double().abs().max().item() + 1e-30 if images.numel() else 0)
+    if kinds != FINITE and maps.dtype == torch.float32 == images.dtype:
+        # Where values tie in fp64, those of fp32 may not, and the gradient through the maximum goes to other cells.
+        ones = torch.full(out.shape, 1e-2, dtype=torch.float64)
+        (theirs,) = torch.autograd.grad(want, twin, ones)
+        same(grad.sum(), theirs.sum(), 1e-4, 1e-4)
+
+
+@fuzz
+@given(st.data(), st.integers(1, 2), spoils(2))
+def test_fuzz_c2am_pool(data, count, spoil):
+    b, d, h, w = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 6), st.integers(1, 6)))
+    kinds = data.draw(st.sampled_from((("tame",), FINITE)))
+    features = data.draw(tensors((b, d, h, w), kinds, FLOATS)).detach().requires_grad_()
+    logits = data.draw(tensors((b, 1, h, w), kinds, FLOATS)).detach().requires_grad_()
+    assume(features.isfinite().all() and logits.isfinite().all())
+    with threads(count):
+        out = call("c2am_pool", features, logits, spoil=spoil)
+        if spoil is not None:
+            return
+        grads = torch.autograd.grad(out, (features, logits), [torch.ones_like(x) / (k + 1) for k, x in enumerate(out)])
+    for grad, x in zip(grads, (features, logits), strict=True):
+        assert grad.shape == x.shape and grad.dtype == x.dtype
+    all_finite(*out)
+    want = kernels.c2am_pool(features.double(), logits.double(), backend="reference")
+    scale = features.detach().double().abs().max().item() if features.numel() else 0
+    for ours, theirs in zip(out, want, strict=True):
+        assert ours.shape == (b, d)
+        same(ours, theirs, 0, 2e-6 * scale + 1e-30)

@@ -184,6 +184,67 @@ def path_affinity_loss(draw):
     return draw(floats(shape)), draw(edge_labels(shape)), *rest
 
 
+WIDE = (torch.float32, torch.float64)
+
+
+@st.composite
+def erase_maximum(draw):
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 6)))
+    return draw(floats(shape, WIDE)), draw(OUT_SIZES), draw(OUT_SIZES)
+
+
+@st.composite
+def erase_maximum_backward(draw):
+    dtype = (draw(st.sampled_from(WIDE)),)
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 6)))
+    scalars = draw(floats((), dtype)), draw(floats((), dtype))
+    return *scalars, draw(floats(shape, dtype)), draw(OUT_SIZES), draw(OUT_SIZES)
+
+
+@st.composite
+def erased(draw):
+    """(images, maps) and the type of what is computed."""
+    b, h, w, height, width = draw(st.tuples(st.integers(0, 3), *[st.integers(1, 6)] * 2, SIZES, st.integers(0, 35)))
+    dtype = draw(st.sampled_from(FLOATS))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return draw(floats((b, 3, height, width), (dtype,))), draw(floats((b, h, w), (wide,))), wide
+
+
+@st.composite
+def erase_soft(draw):
+    images, maps, wide = draw(erased())
+    return images, maps, draw(floats((), (wide,)))
+
+
+@st.composite
+def erase_soft_backward(draw):
+    images, maps, wide = draw(erased())
+    grad = draw(floats(tuple(images.shape), (images.dtype,)))
+    return grad, images, maps, draw(floats((), (wide,)))
+
+
+@st.composite
+def erase_hard(draw):
+    images, maps, _ = draw(erased())
+    return images, maps, draw(WEIGHTS)
+
+
+@st.composite
+def c2am_pool(draw):
+    b, d, n = draw(st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 40)))
+    dtype = draw(st.sampled_from(FLOATS))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return draw(floats((b, d, n), (dtype,))), draw(floats((b, n), (wide,)))
+
+
+@st.composite
+def c2am_pool_backward(draw):
+    features, logits = draw(c2am_pool())
+    wide = (logits.dtype if logits.dtype in WIDE else torch.float32,)
+    flows = [draw(floats(tuple(features.shape[:2]), wide)) for _ in range(2)]
+    return *flows, features, logits
+
+
 ARGUMENTS = [
     par,
     dense_crf,
@@ -200,6 +261,13 @@ ARGUMENTS = [
     max_upsampled_masks_backward,
     path_affinity_counts,
     path_affinity_loss,
+    erase_maximum,
+    erase_maximum_backward,
+    erase_soft,
+    erase_soft_backward,
+    erase_hard,
+    c2am_pool,
+    c2am_pool_backward,
 ]
 
 

@@ -46,8 +46,23 @@ def paths(d):
     return [counts.float(), loss, 1e3 * logits.grad]
 
 
+def masks(d):
+    images, maps = torch.randn(2, 3, 33, 50).to(d), torch.randn(2, 5, 6).to(d).requires_grad_()
+    out = kernels.erase_soft(images, maps)
+    return [out, *torch.autograd.grad(out.square().sum(), maps), kernels.erase_hard(images, maps)]
+
+
+def vectors(d):
+    leaves = [torch.rand(6, 40, 5, 6).to(d).requires_grad_(), torch.randn(6, 1, 5, 6).to(d).requires_grad_()]
+    terms = kernels.c2am_contrast(*kernels.c2am_pool(*leaves))
+    return [*terms, *torch.autograd.grad(sum(terms), leaves)]
+
+
+CASES = [contrast, regions, discs, fields, paths, masks, vectors]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [contrast, regions, discs, fields, paths], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
 def test_equals_the_cpu_and_repeats(case):
     results = []
     for device in ("cpu", "cuda", "cuda"):
@@ -58,6 +73,6 @@ def test_equals_the_cpu_and_repeats(case):
         torch.testing.assert_close(first, cpu, rtol=1e-5, atol=1e-6)  # fp32 sums in another order
 
 
-@pytest.mark.parametrize("case", [contrast, regions, discs, fields, paths], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
 def test_the_cases_run_on_the_cpu(case):
     assert all(torch.isfinite(x).all() for x in case("cpu"))

@@ -22,7 +22,11 @@ __global__ void __launch_bounds__(kThreadsX * kThreadsY)
   for (int c = 0; c < kEraseColours; ++c) {
     const S pixel = images[place + c * plane];
     if constexpr (kHard) {
-      out[place + c * plane] = up / peak <= threshold ? pixel : S(0.f);
+      if (up / peak <= threshold) {
+        out[place + c * plane] = pixel;
+      } else {
+        narrow(T(0), out[place + c * plane]);
+      }
     } else {
       narrow(widen(pixel) * (T(1) - up / peak), out[place + c * plane]);
     }

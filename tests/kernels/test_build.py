@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CUDA_FILES = sorted(CSRC.glob("*/*.cu"))
@@ -19,7 +20,9 @@ def test_there_are_cuda_files():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("path", CUDA_FILES, ids=lambda p: p.stem)
 def test_cuda_compiles_for_sm_90(path, tmp_path):
-    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{CSRC}"]
+    strict = ["-Werror", "all-warnings", "-Xptxas", "-v"]
+    # COMMON_NVCC_FLAGS: what the build adds, such as no conversions of half types
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-O3", *COMMON_NVCC_FLAGS, *strict, f"-I{CSRC}"]
     done = subprocess.run([*command, "-c", path, "-o", tmp_path / "out.o"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert " spill " not in done.stderr.replace("0 bytes spill stores, 0 bytes spill loads", ""), done.stderr

@@ -13,7 +13,7 @@ import kernels
 from wsss_dist import dist
 from wsss_dist.data.batch import Batch
 from wsss_dist.errors import UserError
-from wsss_dist.methods.base import BaseMethod
+from wsss_dist.methods.base import BaseMethod, check_stage
 from wsss_dist.models.edge_head import EdgeHead
 from wsss_dist.models.resnet import ResNet, ResNetConfig
 from wsss_dist.schema import StrictModel
@@ -29,8 +29,7 @@ class Config(StrictModel):
         """What must hold between the method and the rest of the run."""
         if self.backbone.trainable_backbone:
             raise UserError("config: 'method.backbone.trainable_backbone' must be false: only the edge head is trained")
-        if "labels" not in run.data.maps:
-            raise UserError("config: method 'affinity' needs affinity labels: set data.maps.labels")
+        check_stage(run, needs="labels")
         if run.data.crop // 4 < 2 * self.radius:
             raise UserError(
                 f"config: 'data.crop' is {run.data.crop}, too small for pairs within method.radius {self.radius} on a "

@@ -10,7 +10,30 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from wsss_dist.data.batch import Batch
+from wsss_dist.errors import UserError
 from wsss_dist.models.vit import ViT
+
+
+def check_stage(run: object, *, needs: str | None = None, scored: bool = False) -> None:
+    """What the run of one stage of a multi-stage method must have.
+
+    Args:
+        run: the whole RunConfig.
+        needs: name of the map of an earlier stage that it is trained on.
+        scored: does it predict classes, so that it can be evaluated on splits?
+    Raises:
+        UserError: the map is missing from data.maps, or there are splits to evaluate and nothing to score.
+    """
+    if needs is not None and needs not in run.data.maps:
+        raise UserError(
+            f"config: method '{run.method_name}' is trained on the map '{needs}' of an earlier stage, which is not in "
+            f"'data.maps' ({', '.join(run.data.maps) or 'empty'}); add data.maps.{needs}"
+        )
+    if not scored and run.data.eval_splits:
+        raise UserError(
+            f"config: method '{run.method_name}' predicts no classes, but 'data.eval_splits' is "
+            f"{run.data.eval_splits}; set data.eval_splits: []"
+        )
 
 
 @dataclass

@@ -17,8 +17,7 @@ from torch import Tensor
 import kernels
 from wsss_dist import dist
 from wsss_dist.data.batch import Batch
-from wsss_dist.errors import UserError
-from wsss_dist.methods.base import BaseMethod
+from wsss_dist.methods.base import BaseMethod, check_stage
 from wsss_dist.models.cam_heads import SaliencyHead
 from wsss_dist.models.groups import pretrained_and_new
 from wsss_dist.models.resnet import ResNet, ResNetConfig
@@ -44,11 +43,7 @@ class Config(StrictModel):
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
-        if self.hint is not None and "hint" not in run.data.maps:
-            raise UserError(
-                "config: 'method.hint' needs the class activation maps of the training images: set data.maps.hint, "
-                "or method.hint: null for C2AM without hints"
-            )
+        check_stage(run, needs=None if self.hint is None else "hint")
 
 
 class Method(BaseMethod):

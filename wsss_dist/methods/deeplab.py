@@ -12,8 +12,7 @@ from torch import Tensor
 
 from wsss_dist import cam as cams
 from wsss_dist.data.batch import Batch
-from wsss_dist.errors import UserError
-from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.methods.base import BaseMethod, Prediction, check_stage
 from wsss_dist.models.deeplab import DeepLabDecoder
 from wsss_dist.models.groups import pretrained_and_new
 from wsss_dist.models.resnet import ResNet, ResNetConfig
@@ -30,8 +29,7 @@ class Config(StrictModel):
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
-        if "labels" not in run.data.maps:
-            raise UserError("config: method 'deeplab' is trained on pseudo masks: set data.maps.labels")
+        check_stage(run, needs="labels", scored=True)
 
 
 class Method(BaseMethod):

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from wsss_dist.data.batch import Batch
 from wsss_dist.data.transforms import denormalise
-from wsss_dist.errors import UserError
-from wsss_dist.methods.base import BaseMethod
+from wsss_dist.methods.base import BaseMethod, check_stage
 from wsss_dist.models.poolnet import PoolNet, PoolNetConfig, caffe_input
 from wsss_dist.schema import StrictModel
 
@@ -26,8 +25,7 @@ class Config(StrictModel):
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
-        if "saliency" not in run.data.maps:
-            raise UserError("config: method 'poolnet' is trained on saliency masks: set data.maps.saliency")
+        check_stage(run, needs="saliency")
 
 
 class Method(BaseMethod):

@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wsss_dist.errors import UserError
+from wsss_dist.models.norms import take_mixed_types
 from wsss_dist.models.pretrained import create_backbone, weights_note
 from wsss_dist.models.vit import BackboneConfig, ViT
 
@@ -38,6 +39,7 @@ class FeatureExtractor(nn.Module):
                 f"config: backbone {cfg.name!r} is neither a plain ViT (timm names: vit_*, deit*) nor a convolutional "
                 "network with an output stride (resnet*, efficientnet*); choose one of these"
             ) from None
+        take_mixed_types(self.body)
         self.dim, self.patch_size = self.body.num_features, cfg.output_stride
         self.note = weights_note(cfg.weights)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import checks
 from kernels.backend import choose, native_problem, register
 from kernels.class_patch_contrast import reference
-from kernels.patch_token_contrast.gradient import fake_outputs, register_gradient, wanted
+from kernels.gradient import fake_outputs, register_gradient, wanted
 
 _OP = "class_patch_contrast"
 

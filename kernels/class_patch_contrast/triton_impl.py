@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.patch_token_contrast.gradient import fake_outputs, register_gradient
+from kernels.gradient import fake_outputs, register_gradient
 from kernels.patch_token_contrast.triton_impl import contrast
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.patch_token_contrast.gradient import fake_outputs, register_gradient
+from kernels.gradient import fake_outputs, register_gradient
 from kernels.patch_token_contrast.reference import EPS
 
 BLOCK = 64  # tokens of a tile

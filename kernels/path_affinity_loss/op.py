@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.backend import choose, native_problem, register
-from kernels.patch_token_contrast.gradient import fake_outputs, register_gradient, wanted
+from kernels.gradient import fake_outputs, register_gradient, wanted
 from kernels.path_affinity_loss import reference
 
 _LOSS, _COUNTS = "path_affinity_loss", "path_affinity_counts"

@@ -10,10 +10,13 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 import kernels
+from tests.methods.stage_runs import values
 from tests.methods.tiny import NUM_CLASSES, random_batch
+from wsss_dist.config import parse_config
 from wsss_dist.errors import UserError
 from wsss_dist.losses import tag_loss
 from wsss_dist.methods.pnoc import Config, Method, RampConfig, draw_class, stitch, tiles
+from wsss_dist.trainer import _identity
 
 BACKBONE = {"name": "resnet18", "weights": None}
 FIXED = {**BACKBONE, "norm": "fix"}
@@ -216,3 +219,12 @@ def test_erasing_uses_the_operators(second, monkeypatch):
     monkeypatch.setattr(kernels, "erase_soft", lambda *a, **k: seen.append(k["maximum"].item()) or original(*a, **k))
     make(second).training_step(random_batch(), 40)
     assert len(seen) == 1 and seen[0] > 0
+
+
+def test_where_the_second_classifier_came_from_is_no_part_of_the_model():
+    """A checkpoint holds its weights: the run goes on after its file was moved."""
+    identities = []
+    for path in ("here.safetensors", "there.safetensors"):
+        section = {"name": "pnoc", "backbone": BACKBONE, "second": {"backbone": FIXED, "weights": path}}
+        identities.append(_identity(parse_config(values(section)), ["cat"]))
+    assert identities[0] == identities[1] and "method.second.backbone.name" in identities[0]

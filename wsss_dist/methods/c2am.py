@@ -67,7 +67,7 @@ class Method(BaseMethod):
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """L = L_pos(foreground) + L_pos(background) + L_neg + lambda_h L_h, over the batch of all ranks."""
-        features, logits = self._maps(batch.images)
+        features, logits = self.head(*self.backbone(batch.images)[3:])
         pooled = kernels.c2am_pool(features, logits)
         foreground, background, push = kernels.c2am_contrast(
             *(dist.gather_batch(v) for v in pooled), alpha=self.cfg.alpha
@@ -78,13 +78,6 @@ class Method(BaseMethod):
             out["loss_hint"] = hint_loss(logits, batch.maps["hint"], self.cfg.hint)
             loss = loss + self.cfg.hint.weight * out["loss_hint"]
         return {"loss": self.cfg.loss_scale * loss, **{k: v.detach() for k, v in out.items()}}
-
-    def saliency(self, images: Tensor) -> Tensor:
-        """Logits [B, 1, h, w] of images [B, 3, H, W]."""
-        return self._maps(images)[1]
-
-    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(*self.backbone(images)[3:])
 
 
 def hint_loss(logits: Tensor, hint: Tensor, cfg: HintConfig) -> Tensor:

@@ -32,6 +32,7 @@ class Tally:
     """Counts and kept pictures of one split on this rank."""
 
     sweep: ThresholdSweep
+    has_cam: bool = False
     matrices: dict[str, ConfusionMatrix] = field(default_factory=dict)
     ignored: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # undecided pixels, all
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -54,12 +55,12 @@ class Tally:
 
     def results(self, beta: float) -> dict[str, dict]:
         """Metrics over all ranks. A rank without images has no kinds of its own, so the names are gathered first."""
-        sweep = self.sweep.reduced()
-        threshold, best = sweep.best(SWEEP)
-        out = {
-            "cam": {**sweep.at(beta).summary(), "threshold": beta},
-            "cam_best": {**best.summary(), "threshold": threshold, "oracle": "threshold chosen on this split"},
-        }
+        out = {}
+        if any(dist.all_gather_object(self.has_cam)):
+            sweep = self.sweep.reduced()
+            threshold, best = sweep.best(SWEEP)
+            out["cam"] = {**sweep.at(beta).summary(), "threshold": beta}
+            out["cam_best"] = {**best.summary(), "threshold": threshold, "oracle": "threshold chosen on this split"}
         found = set().union(*dist.all_gather_object(list(self.matrices)))
         for kind in sorted(found, key=LABEL_KINDS.index):
             own = self.matrices.get(kind, ConfusionMatrix(self.sweep.num_classes))
@@ -75,10 +76,15 @@ def score_image(
 ) -> None:
     """Add image i of a prediction to the counts, and to the pictures of the report where `keep` says so."""
     size = tuple(sample.image.shape[-2:])
-    gt = sample.mask.to(prediction.cam.device)
+    first = prediction.logits if prediction.cam is None else prediction.cam
+    gt = sample.mask.to(first.device)
     tags = torch.nonzero(sample.labels > 0).flatten().tolist()
-    cam = resized(prediction.cam[i, tags].float(), size)
-    _score_cam(tally, cam, tags, gt)
+    shown = {}
+    if prediction.cam is not None:
+        tally.has_cam = True
+        cam = resized(prediction.cam[i, tags].float(), size)
+        _score_cam(tally, cam, tags, gt)
+        shown["cam"] = _bytes(cam)
     labels = _labels(prediction, i, sample, crf)
     for kind, pred in labels.items():
         tally.add(kind, pred, gt)
@@ -86,9 +92,9 @@ def score_image(
     if pseudo is not None:
         tally.add_pseudo(_resized_labels(pseudo[i], size), gt)
     if keep:
-        shown = {kind: labels[kind].to(torch.uint8).cpu().numpy() for kind in ("seg", "seg_crf") if kind in labels}
+        shown |= {kind: labels[kind].to(torch.uint8).cpu().numpy() for kind in ("seg", "seg_crf") if kind in labels}
         extras = {f"extra_{n}": _shown_extra(maps[i], tags, size) for n, maps in prediction.extras.items()}
-        tally.samples.append({**_shown_input(sample, tags), "cam": _bytes(cam), **shown, **extras})
+        tally.samples.append({**_shown_input(sample, tags), **shown, **extras})
 
 
 def _score_cam(tally: Tally, cam: Tensor, tags: list[int], gt: Tensor) -> None:

@@ -168,6 +168,20 @@ def test_kinds_equal_the_slow_twin(colours, tmp_path):
     assert result["seg_tags"] != result["seg"] != result["seg_single"]
 
 
+def test_a_method_without_cam_has_no_cam_kinds(colours, tmp_path):
+    class Bare(Colours):
+        def predict(self, batch, **options):
+            prediction = super().predict(batch, **options)
+            prediction.cam = None
+            return prediction
+
+    whole = evaluate_splits(Colours(), config(), ["val"], tmp_path / "whole", 5)["val"]
+    bare = evaluate_splits(Bare(), config(), ["val"], tmp_path / "bare", 5)["val"]
+    assert bare == {kind: values for kind, values in whole.items() if kind not in ("cam", "cam_best")}
+    sample = np.load(next((tmp_path / "bare/samples/val").iterdir()))
+    assert "cam" not in sample and "seg" in sample
+
+
 def test_beta_off_the_grid(colours, tmp_path):
     result = evaluate_splits(Colours(seg=False), config(beta=0.537), ["val"], tmp_path, 5)["val"]
     assert set(result) == {"cam", "cam_best"}, "no segmentation head, no seg kinds"

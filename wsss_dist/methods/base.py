@@ -40,7 +40,7 @@ def check_stage(run: object, *, needs: str | None = None, scored: bool = False) 
 class Prediction:
     """What a method says of B images, at the size of the images it was given.
 
-    cam     [B, C, H, W] float32 in [0, 1], class activation maps, multiplied with the tags.
+    cam     [B, C, H, W] float32 in [0, 1], class activation maps, multiplied with the tags; None for a method without.
     logits  [B, K, H, W] float32 of the segmentation head, fused over scales and mirror images; None for a method
             without one.
     single  [B, K, H, W] float32, the same of the image itself alone: scale 1.0, no mirror image.
@@ -48,7 +48,7 @@ class Prediction:
             "pseudo": label map 0..C and 255 for undecided, which is scored too).
     """
 
-    cam: Tensor
+    cam: Tensor | None = None
     logits: Tensor | None = None
     single: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)

@@ -76,7 +76,7 @@ class Method(BaseMethod):
         step: int | None = None,
         extras: bool = False,
     ) -> Prediction:
-        """Segmentation alone: logits at full size, plain and mirrored added, merged over scales; the CAM is zero."""
+        """Segmentation alone: logits at full size, plain and mirrored added, merged over scales."""
         size, per_scale, single = batch.images.shape[-2:], [], None
         for scale in seg_scales:
             x = cams.upsample(batch.images, cams.scaled_size(size, scale))
@@ -84,5 +84,4 @@ class Method(BaseMethod):
             per_scale.append(cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size))
             if scale == 1.0:
                 single = cams.upsample(plain, size)
-        cam = batch.images.new_zeros(*batch.labels.shape, *size)
-        return Prediction(cam=cam, logits=cams.fuse_logits(per_scale, seg_scales, fuse), single=single)
+        return Prediction(logits=cams.fuse_logits(per_scale, seg_scales, fuse), single=single)

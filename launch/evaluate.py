@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wsss_dist.config import RunConfig
-    from wsss_dist.schema import StrictModel
 
 try:
     from wsss_dist.command import Parser, run_command
@@ -44,6 +43,7 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
     from wsss_dist.evaluate import evaluate_splits, open_splits
     from wsss_dist.methods import load_method
     from wsss_dist.report import build_report, load_result, results_text
+    from wsss_dist.trained import without_weights
     from wsss_dist.trainer import configure_kernels
 
     if not (run_dir / "config.yaml").is_file():
@@ -55,7 +55,7 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
     dist.init(cfg.train.timeout_s)
     configure_kernels(cfg.kernels)
     num_classes = len(next(iter(open_splits(cfg, splits).values())).class_names)
-    method = load_method(cfg.method_name).Method(_without_weights(cfg.method), num_classes, cfg.train.steps)
+    method = load_method(cfg.method_name).Method(without_weights(cfg.method), num_classes, cfg.train.steps)
     step = load_model_weights(run_dir, method)
     method.after_load()
     note = _weights_note(cfg, run_dir)
@@ -66,14 +66,6 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
         print(results_text(load_result(run_dir)))
         print(f"report: {report}")
     dist.shutdown()
-
-
-def _without_weights(method: StrictModel) -> StrictModel:
-    """The config of a method whose backbone starts from nothing: the checkpoint overwrites it."""
-    backbone = getattr(method, "backbone", None)
-    if getattr(backbone, "weights", None) is None:
-        return method
-    return method.model_copy(update={"backbone": backbone.model_copy(update={"weights": None})})
 
 
 def _weights_note(cfg: RunConfig, run_dir: Path) -> str | None:

@@ -1,5 +1,7 @@
 """Train a method: `deepspeed launch/train.py --config coco_vit.yaml`; torchrun and plain python work the same way.
 
+A config with `stages:` is run stage by stage; what is done and unchanged is skipped, and --stage runs one alone.
+
 Exit status: 0 done, 2 a mistake in the input, 74 a checkpoint could not be written, 75 stopped by a signal with a
 checkpoint (start the same command again), 1 anything else.
 """
@@ -24,21 +26,30 @@ def _train() -> int:
     parser = Parser(description="Train a method.")
     parser.add_argument("--config", required=True, help="a YAML file, looked up as given and in configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as optim.lr=1e-4")
+    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, of a config with `stages:`")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
     args, unknown = parser.parse_known_args()
     if unknown:
         raise UserError(
-            f"command line: {' '.join(unknown)} is not known; options are --config FILE and --set KEY=VALUE. "
-            "What DeepSpeed reads is in the config: sections train, optim and deepspeed"
+            f"command line: {' '.join(unknown)} is not known; options are --config FILE, --set KEY=VALUE and "
+            "--stage NAME. What DeepSpeed reads is in the config: sections train, optim and deepspeed"
         )
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from wsss_dist.config import load_config
+    from wsss_dist.config import parse_config, read_config
+
+    values = read_config(args.config, args.set)
+    if "stages" in values:
+        from wsss_dist.pipeline import Pipeline
+
+        return Pipeline(values).start(args.stage)
+    if args.stage is not None:
+        raise UserError(f"command line: --stage {args.stage}: {args.config} has no 'stages'; leave --stage out")
     from wsss_dist.trainer import Trainer
 
-    return Trainer(load_config(args.config, args.set)).train()
+    return Trainer(parse_config(values)).train()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ ALLOWED = {
     "wsss_dist/data": {"wsss_dist.data"},
     "wsss_dist/models": {"kernels", "wsss_dist.models"},
     "wsss_dist/cam.py": {"kernels"},
+    "wsss_dist/crf.py": {"kernels"},
     "wsss_dist/losses.py": {"kernels"},
     "wsss_dist/metrics.py": {"kernels", "wsss_dist.dist"},
     "wsss_dist/methods": {
@@ -42,6 +43,16 @@ ALLOWED = {
         "wsss_dist.data.batch",
         "wsss_dist.data.transforms",
         "wsss_dist.methods.base",
+    },
+    "wsss_dist/stages": {
+        "kernels",
+        "wsss_dist.stages",
+        "wsss_dist.cam",
+        "wsss_dist.crf",
+        "wsss_dist.data",
+        "wsss_dist.dist",
+        "wsss_dist.metrics",
+        "wsss_dist.trained",
     },
 }
 OWNERS = {"deepspeed": "wsss_dist/engine.py", "torch.distributed": "wsss_dist/dist.py"}

@@ -103,8 +103,6 @@ CONFIG = [
      "'labels', 'grey' or 'scores'"),
     ("turned the image under its maps", train("data.maps={hint: {dir: x, kind: grey}}", "data.rand_augment={n: 2}"),
      "'data.maps' is .*data.rand_augment", "remove one of the two"),
-    ("evaluates with a map that is not there", train("data.eval_maps=[hint]"), "'hint' is not in data.maps",
-     "add it there"),
     ("cropped less than a patch", train("data.crop=8"), "'data.crop' is 8", "raise it to 16"),
     ("evaluates at less than a patch", train("eval.cam_scales=[1.0, 0.25]"),
      "'eval.size' is 32 pixels .at the smallest scale 8.", "raise it to 64"),

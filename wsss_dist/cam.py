@@ -71,6 +71,14 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def rescaled(images: Tensor, scale: float) -> Tensor:
+    """Images [B, 3, H, W] at a scale, sides rounded; bicubic, antialiased when shrinking, as Pillow does it."""
+    size = tuple(max(1, round(side * scale)) for side in images.shape[-2:])
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
+
+
 def pool(features: Tensor, how: str) -> Tensor:
     """[B, D, h, w] -> [B, D, 1, 1], the "max" or the "avg" over the grid."""
     return features.amax((2, 3), keepdim=True) if how == "max" else features.mean((2, 3), keepdim=True)
@@ -209,9 +217,11 @@ def radius_at(progress: float, start: float, end: float, begin: float, finish: f
 def fuse_logits(per_scale: list[Tensor], scales: list[float], rule: str) -> Tensor:
     """Merge segmentation logits [B, K, H, W] of several scales, each the sum of plain and mirrored.
 
-    rule "voc": max(Z at scale 1, mean over scales); "coco": max over scales (PCRE section 9).
+    rule "voc": max(Z at scale 1, mean over scales); "coco": max over scales (PCRE section 9); "mean": their mean.
     """
     stack = torch.stack(per_scale)
     if rule == "coco":
         return stack.amax(0)
+    if rule == "mean":
+        return stack.mean(0)
     return torch.maximum(stack[scales.index(1.0)], stack.mean(0))

@@ -241,6 +241,19 @@ def load_model_weights(run_dir: Path, module: nn.Module) -> int:
     return manifest["step"]
 
 
+def newest_weights(run_dir: Path) -> Path:
+    """The weights file of the newest good checkpoint of a run; on one rank alone.
+
+    Raises:
+        UserError: there is no good checkpoint.
+    """
+    root = Path(run_dir) / "checkpoints"
+    found = Checkpoints(root, keep=1, identity={}, sharded=False)._newest()
+    if found is None:
+        raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
+    return found[0] / WEIGHTS
+
+
 def _verify(folder: Path, step: int) -> dict:
     """The manifest of a checkpoint whose files all match it; ValueError or OSError says what is wrong."""
     manifest = json.loads((folder / _MANIFEST).read_text())

@@ -116,7 +116,6 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    loader.flatten_mapping(node)
     seen: set[Any] = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -124,6 +123,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is there twice", key.start_mark)
         seen.add(key.value)
+    loader.flatten_mapping(node)  # after the look for repetitions: a key may override one that << brings
     return loader.construct_mapping(node, deep=True)
 
 
@@ -159,13 +159,22 @@ def _override(values: dict, setting: str) -> None:
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
-    """Read, override and check a config file.
+    """Read, override and check the config file of one training; see `read_config`.
+
+    Raises:
+        UserError: every problem found, one sentence a line: the dotted key, what came, what is expected.
+    """
+    return parse_config(read_config(path, overrides))
+
+
+def read_config(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """The sections of a config file, overridden but not checked.
 
     Args:
         path: file name, looked up as `find_config` does.
         overrides: settings "section.key=value", applied in order.
     Raises:
-        UserError: every problem found, one sentence a line: the dotted key, what came, what is expected.
+        UserError: no such file, no YAML, or a setting that is none.
     """
     path = find_config(path)
     try:
@@ -176,7 +185,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         raise UserError(f"config: {path} must hold sections (run, method, data, optim, train), found {values!r}")
     for setting in overrides:
         _override(values, setting)
-    return parse_config(values)
+    return values
 
 
 def parse_config(values: dict) -> RunConfig:

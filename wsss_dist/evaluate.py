@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from wsss_dist import dist
+from wsss_dist.crf import CRFConfig
 from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples
 from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.data.transforms import normalise
@@ -40,29 +41,13 @@ if TYPE_CHECKING:  # config.py composes EvalConfig, so a plain import would be a
     from wsss_dist.methods.base import BaseMethod
 
 
-class CRFConfig(StrictModel):
-    """Dense CRF after the segmentation head; the defaults are PCRE's for VOC."""
-
-    iterations: int = Field(10, ge=1)
-    spatial: tuple[float, float] = (2.0, 1.0)  # sigma in pixels, weight
-    bilateral: tuple[float, float, float] = (140.0, 1.0, 7.0)  # sigma in pixels, sigma in grey levels, weight
-    prune: float = Field(0.0, ge=0, le=0.1)  # above 0 (such as 1e-3): faster, without classes that cannot matter
-
-    @field_validator("spatial", "bilateral")
-    @classmethod
-    def _sigmas_are_positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if min(value[:-1]) <= 0 or value[-1] < 0:
-            raise ValueError("sigmas must be above 0 and the weight (last number) at least 0")
-        return value
-
-
 class EvalConfig(StrictModel):
     """How a model is scored; it never changes the training."""
 
     cam_scales: list[float] = [1.0, 0.5, 0.75, 1.5]
     seg_scales: list[float] = [1.0, 1.25, 1.5]
     size: int | None = Field(448, ge=1)  # side of the square input; None: native size, rounded to the backbone's patch
-    fuse: Literal["voc", "coco"] = "voc"  # how the logits of the scales are merged
+    fuse: Literal["voc", "coco", "mean"] = "voc"  # how the logits of the scales are merged
     beta: float = Field(0.5, ge=0, le=1)  # CAM label: background where no class is above it
     crf: CRFConfig | None = CRFConfig()
     limit: int | None = Field(None, ge=1)  # images of a split in the evaluations during training; None: all

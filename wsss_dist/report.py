@@ -89,10 +89,10 @@ def build_report(run_dir: Path) -> Path:
         *(_class_table(result, split) for split in result["splits"]),
         _folded(run_dir),
     ]
-    page = _page(f"{result['name']}: report", "\n".join(s for s in sections if s))
+    text = page(f"{result['name']}: report", "\n".join(s for s in sections if s))
     path = run_dir / "report.html"
     partial = run_dir / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
 
@@ -119,7 +119,7 @@ def results_text(result: dict[str, Any]) -> str:
     for split, record in result["splits"].items():
         for kind, scores in record["kinds"].items():
             name = KINDS.get(kind, kind)
-            values = f"{_percent(scores['miou']):>7} {_percent(scores['pixel_accuracy']):>13} {_ratio(scores['oa']):>6}"
+            values = f"{percent(scores['miou']):>7} {percent(scores['pixel_accuracy']):>13} {_ratio(scores['oa']):>6}"
             lines.append(f"{split:<12} {name:<26} {values}")
     notes = [n for n in (result["data_note"], result["weights_note"]) if n]
     return "\n".join([*notes, *lines])
@@ -128,7 +128,7 @@ def results_text(result: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------- one run
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
@@ -155,13 +155,13 @@ def _results_table(result: dict[str, Any]) -> str:
     for split, record in result["splits"].items():
         for kind, s in record["kinds"].items():
             left_out = "*" if s["oa_left_out"] else ""
-            cells = [_percent(s["pixel_accuracy"]), _ratio(s["oa"]) + left_out, _percent(s["oa_bg"])]
+            cells = [percent(s["pixel_accuracy"]), _ratio(s["oa"]) + left_out, percent(s["oa_bg"])]
             threshold = "" if s.get("threshold") is None else f"{s['threshold']:g}"
             rows.append(
                 f'<tr><td>{escape(split)}</td><td class="name">{escape(KINDS.get(kind, kind))}</td>'
-                f'<td class="main">{_percent(s["miou"])}</td>' + _cells([*cells, threshold]) + "</tr>"
+                f'<td class="main">{percent(s["miou"])}</td>' + _cells([*cells, threshold]) + "</tr>"
             )
-    return _table(head, rows, named=2)
+    return table(head, rows, named=2)
 
 
 def _reading_guide(result: dict[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _reading_guide(result: dict[str, Any]) -> str:
     found = {k for r in result["splits"].values() for k in r["kinds"]}
     text += "".join(f" {sentence}" for kind, sentence in GUIDE.items() if kind in found)
     shares = [(s, r["kinds"].get("pseudo", {}).get("ignored")) for s, r in result["splits"].items()]
-    shares = [f"{_percent(share)} % of {s}" for s, share in shares if share is not None]
+    shares = [f"{percent(share)} % of {s}" for s, share in shares if share is not None]
     if shares:
         text += f" Undecided are {', '.join(shares)}."
     kinds = [s for r in result["splits"].values() for s in r["kinds"].values()]
@@ -190,11 +190,11 @@ def _class_table(result: dict[str, Any], split: str) -> str:
     rows = []
     for c, name in enumerate(result["class_names"]):
         pixels = next(iter(kinds.values()))["gt_pixels_per_class"][c]
-        cells = [_percent(pixels / total)]
-        cells += [_percent(s["iou_per_class"][c]) for s in kinds.values()]
+        cells = [percent(pixels / total)]
+        cells += [percent(s["iou_per_class"][c]) for s in kinds.values()]
         cells += ["" if c == 0 else _ratio(s["oa_per_class"][c]) for s in kinds.values()]
         rows.append(f"<tr><td>{_swatch(c)}{escape(name)}</td>{_cells(cells)}</tr>")
-    return f"<h2>Per class: {escape(split)}</h2>\n" + _table(head, rows)
+    return f"<h2>Per class: {escape(split)}</h2>\n" + table(head, rows)
 
 
 def _curves(run_dir: Path, pictures: Path) -> str:
@@ -206,9 +206,9 @@ def _curves(run_dir: Path, pictures: Path) -> str:
     training += [{k: line[k] for k in ("step", "images_per_s")} for line in _jsonl(run_dir / "speed.jsonl")]
     parts = []
     if report_plots.loss_curves(training, pictures / "loss.png"):
-        parts.append(_image(pictures / "loss.png", "what the training logged against the step"))
+        parts.append(embedded(pictures / "loss.png", "what the training logged against the step"))
     if report_plots.miou_curves(evaluations, KINDS, pictures / "miou.png"):
-        parts.append(_image(pictures / "miou.png", "mIoU against the step, as evaluated during the training"))
+        parts.append(embedded(pictures / "miou.png", "mIoU against the step, as evaluated during the training"))
         if any("seg" in line["eval"] for line in evaluations):
             parts.append(
                 "<p>During the training the segmentation head is evaluated at scale 1.0 alone; the last point is the "
@@ -228,7 +228,7 @@ def _pictures(run_dir: Path, result: dict[str, Any], split: str, pictures: Path)
         samples = [dict(np.load(f)) for f in files[start : start + ROWS_PER_SHEET]]
         path = pictures / f"samples_{split.replace('/', '_')}_{number}.png"
         report_plots.sample_sheet(samples, result["class_names"], path)
-        parts.append(_image(path, f"images of {split} beside CAM, masks, labels and truth", photographs=True))
+        parts.append(embedded(path, f"images of {split} beside CAM, masks, labels and truth", photographs=True))
     return "\n".join(parts)
 
 
@@ -273,7 +273,7 @@ def build_comparison(run_dirs: list[Path], out: Path) -> Path:
     else:
         body = [f"<p>{escape(n)}</p>" for n in notes] + [f"<h1>Comparison</h1><p>{caption}</p>"]
         cells = [f"<tr><td>{escape(row[0])}</td>{_cells(row[1:])}</tr>" for row in rows]
-        text = _page("Comparison of runs", "\n".join([*body, _table(head, cells)]))
+        text = page("Comparison of runs", "\n".join([*body, table(head, cells)]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return out
@@ -297,14 +297,14 @@ def _mean_and_all(runs: list[dict[str, Any]], split: str, kind: str) -> str:
     known = [s for s in scores if s is not None]
     if not known:
         return ""
-    single = ", ".join(_percent(s) or "-" for s in scores)
-    return f"{_percent(statistics.fmean(known))} ({single})" if len(runs) > 1 else single
+    single = ", ".join(percent(s) or "-" for s in scores)
+    return f"{percent(statistics.fmean(known))} ({single})" if len(runs) > 1 else single
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
 
 
-def _table(head: list[str], rows: list[str], named: int = 1) -> str:
+def table(head: list[str], rows: list[str], named: int = 1) -> str:
     cells = "".join(f"<th{' class=name' if i < named else ''}>{escape(h)}</th>" for i, h in enumerate(head))
     return f"<table>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
 
@@ -320,7 +320,7 @@ def _swatch(class_id: int) -> str:
     return f'<svg width="12" height="12"><rect width="12" height="12" fill="{colour}"/></svg> '
 
 
-def _image(path: Path, alt: str, photographs: bool = False) -> str:
+def embedded(path: Path, alt: str, photographs: bool = False) -> str:
     """The picture inside the page; photographs as JPEG, a sixth of the size, so that the page can be mailed."""
     data, kind = path.read_bytes(), "png"
     if photographs:
@@ -337,7 +337,7 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 

@@ -78,40 +78,42 @@ COLUMNS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] =
 }
 
 
-def sample_sheet(samples: list[dict[str, np.ndarray]], class_names: list[str], path: Path) -> None:
+def sample_sheet(
+    samples: list[dict[str, np.ndarray]],
+    class_names: list[str],
+    path: Path,
+    columns: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = COLUMNS,
+) -> None:
     """Write one PNG: a row per sample, a column per kind of panel that any sample has, a legend of the classes below.
 
     Args:
         samples: as `evaluate` saves them: image, truth, cam, tags, id and, where there are any, the other columns.
         class_names: K names, background first.
+        path: the PNG.
+        columns: key in a sample -> heading and how its panel is made.
     """
-    keys = [key for key in COLUMNS if any(key in sample for sample in samples)]
+    keys = [key for key in columns if any(key in sample for sample in samples)]
     width = len(keys) * (PANEL + GAP) + GAP
-    parts = [_text_row([COLUMNS[key][0] for key in keys], width, PANEL + GAP)]
+    parts = [_text_row([columns[key][0] for key in keys], width, PANEL + GAP)]
     for sample in samples:
         tags = ", ".join(class_names[t] for t in sample["tags"]) or "no tag"
         parts.append(_text_row([f"{sample['id']}: {tags}"], width, width))
-        parts.append(_panel_row(sample, keys, width))
-    used = sorted({int(c) for s in samples for key in keys for c in _classes_in(s, key)} - {0, 255})
+        parts.append(_panel_row(sample, {key: columns[key][1] for key in keys}, width))
+    labelled = [key for key in keys if columns[key][1] is label_panel]
+    used = sorted({int(c) for s in samples for key in labelled if key in s for c in np.unique(s[key])} - {0, 255})
     parts.append(_legend([(class_names[c], tuple(int(v) for v in voc_palette()[c])) for c in used], width))
     _save(np.concatenate(parts), path)
 
 
-def _classes_in(sample: dict[str, np.ndarray], key: str) -> np.ndarray:
-    shows_labels = COLUMNS[key][1] is label_panel and key in sample
-    return np.unique(sample[key]) if shows_labels else np.empty(0, np.uint8)
-
-
-def _panel_row(sample: dict[str, np.ndarray], keys: list[str], width: int) -> np.ndarray:
+def _panel_row(sample: dict[str, np.ndarray], makers: dict[str, Callable], width: int) -> np.ndarray:
     height, breadth = sample["image"].shape[:2]
     scale = PANEL / max(height, breadth)
     size = (max(1, round(breadth * scale)), max(1, round(height * scale)))
     row = np.full((size[1] + GAP, width, 3), 255, np.uint8)
-    for i, key in enumerate(keys):
+    for i, (key, make) in enumerate(makers.items()):
         if key not in sample:
             continue
         image = _scaled(sample["image"], size)
-        make = COLUMNS[key][1]
         if make is heat_panel:
             value = np.array([_scaled(m, size) for m in sample[key]], np.uint8)
         else:

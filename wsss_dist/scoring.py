@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from wsss_dist import dist
+from wsss_dist.crf import CRFConfig, crf_labels
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.metrics import SWEEP, ConfusionMatrix, ThresholdSweep
 
 if TYPE_CHECKING:
-    from wsss_dist.evaluate import CRFConfig
     from wsss_dist.methods.base import Prediction
 
 UNDECIDED = 255  # in a label map and in the truth
@@ -115,32 +114,12 @@ def _labels(prediction: Prediction, i: int, sample: EvalSample, crf: CRFConfig |
     logits = resized(prediction.logits[i].float(), size)
     out["seg"] = logits.argmax(0)
     if crf is not None:
-        out["seg_crf"] = crf_labels(logits, sample.image.to(logits.device), crf)
+        out["seg_crf"] = crf_labels(logits, sample.image, crf)
     allowed = (torch.cat([torch.ones(1), sample.labels]) > 0).nonzero().flatten().to(logits.device)
     out["seg_tags"] = allowed[logits[allowed].argmax(0)]
     if crf is not None:
-        out["seg_tags_crf"] = allowed[crf_labels(logits[allowed], sample.image.to(logits.device), crf)]
+        out["seg_tags_crf"] = allowed[crf_labels(logits[allowed], sample.image, crf)]
     return out
-
-
-def crf_labels(logits: Tensor, image: Tensor, cfg: CRFConfig) -> Tensor:
-    """Labels [H, W] int64 after a dense CRF with unary -ln(clip(softmax(logits), 1e-5, 1)).
-
-    Args:
-        logits: [K, H, W] at the native size.
-        image: [3, H, W] uint8 RGB.
-    Source: Krähenbühl & Koltun, NeurIPS 2011; unary and parameters as PCRE's evaluation.
-    """
-    unary = -logits.float().softmax(0).clamp(1e-5, 1.0).log()
-    refined = kernels.dense_crf(
-        unary[None],
-        image[None],
-        spatial=cfg.spatial,
-        bilateral=cfg.bilateral,
-        iterations=cfg.iterations,
-        prune=cfg.prune,
-    )
-    return refined[0].argmax(0)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors

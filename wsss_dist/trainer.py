@@ -28,6 +28,7 @@ from wsss_dist.evaluate import evaluate_splits, open_splits
 from wsss_dist.log import RunLog
 from wsss_dist.methods import load_method
 from wsss_dist.report import build_report
+from wsss_dist.trained import check_classes
 
 DONE, INTERRUPTED = 0, 75
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "opencv-python", "pydantic", "safetensors")
@@ -38,7 +39,7 @@ _PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.sec
 # keys that the meaning of a step number depends on
 _FIXED = ("train.steps", "train.global_batch", "run.seed")
 # keys of the data section that no training step depends on
-_NOT_TRAINING = ("data.eval_splits", "data.eval_maps", "data.num_workers", "data.max_damaged", "data.val_limit")
+_NOT_TRAINING = ("data.eval_splits", "data.num_workers", "data.max_damaged", "data.val_limit")
 
 
 class Trainer:
@@ -60,6 +61,8 @@ class Trainer:
         self._loader(0)  # says now if the images do not fill one step
         torch.manual_seed(cfg.run.seed)
         method = load_method(cfg.method_name).Method(cfg.method, len(classes), train.steps)
+        for path in method.trained_weights():
+            check_classes(path, classes)
         check_sizes(cfg, getattr(method, "patch_size", 1))
         self.engine = build_engine(method, cfg)
         self.log = RunLog(
@@ -281,6 +284,11 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
     return {k: v for key, inner in value.items() for k, v in _flat(f"{prefix}.{key}", inner).items()}
 
 
+def commit() -> str | None:
+    """The commit of this code; None where it is no checkout."""
+    return _git("rev-parse", "HEAD")
+
+
 def _environment() -> dict[str, Any]:
     versions = {}
     for name in _PACKAGES:
@@ -290,7 +298,7 @@ def _environment() -> dict[str, Any]:
             versions[name] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "packages": versions,

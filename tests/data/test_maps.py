@@ -12,11 +12,9 @@ from tests.data.test_damaged import damage
 from wsss_dist.data import (
     DataConfig,
     build_dataset,
-    build_eval_loader,
-    build_inference_loader,
     build_train_loader,
-    check_eval_samples,
 )
+from wsss_dist.data.maps import check_maps, read_maps
 from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.schema import parse
@@ -100,23 +98,9 @@ def test_an_image_without_tag_needs_no_scores(tmp_path):
     data = build_dataset(sets.config(root, "folder"), "train")
     maps = sets.write_maps(tmp_path / "earlier", data)
     assert not (tmp_path / "earlier/hint/a.npz").exists() and not data.tags[data.files.tolist().index("a.png")].any()
-    samples = list(build_inference_loader(data, sets.config(root, "folder", maps=maps), rank=0, world_size=1))
-    assert {s.id: bool(s.maps["hint"].any()) for s in samples} == {"a": False, "b": True, "c": True}
-
-
-def test_evaluation_gets_the_maps_that_are_asked_for(stage):
-    maps = sets.write_maps(stage.earlier / "val", stage.data("val"))
-    cfg = stage.cfg(maps=maps, eval_maps=["saliency"])
-    check_eval_samples(stage.data("val"), cfg)
-    samples = list(build_eval_loader(stage.data("val"), cfg, rank=0, world_size=1))
-    for sample in samples:
-        assert sample.maps.keys() == {"saliency"} and sample.mask is not None
-        assert torch.equal(sample.maps["saliency"], sample.image[0].float() / 255)
-    assert next(iter(build_eval_loader(stage.data("val"), stage.cfg(), rank=0, world_size=1))).maps == {}
-    (stage.earlier / "val/saliency/00001.png").unlink()
-    with pytest.raises(UserError, match="misses the map 'saliency' of 1 of 3 images of 'set/val'"):
-        check_eval_samples(stage.data("val"), cfg)
-    check_eval_samples(stage.data("val"), cfg.model_copy(update={"val_limit": 1}))
+    maps = sets.config(root, "folder", maps=maps).maps
+    found = [read_maps(data, i, maps, data.image(i).shape[:2])["hint"].any() for i in range(3)]
+    assert dict(zip(map(data.id, range(3)), found, strict=True)) == {"a": False, "b": True, "c": True}
 
 
 def save(image):
@@ -179,8 +163,6 @@ def test_missing_maps_are_counted_before_anything_is_read(stage, name):
     message = f"misses the map '{name}' of 2 of 12 images of 'set/train' .first: 00002.*, 00005.*; expected an? .*"
     with pytest.raises(UserError, match=message + f"make it with stage {name}, or correct data.maps.{name}"):
         stage.loader()
-    with pytest.raises(UserError, match=message):
-        build_inference_loader(stage.data(), stage.cfg(), rank=0, world_size=1)
 
 
 def test_a_map_that_goes_while_the_run_goes_on(stage):
@@ -230,7 +212,7 @@ def test_ground_truth_is_no_map_in_other_formats(tmp_path, form):
     cfg = sets.config(root, form, classes=None if form == "folder" else ["cat", "dog"] + list("efghijklmnop"))
     cfg = cfg.model_copy(update={"maps": sets.config(root, maps={"labels": {"dir": folder, "kind": "labels"}}).maps})
     with pytest.raises(UserError, match="data.maps.labels leads to .* a ground-truth mask"):
-        build_inference_loader(build_dataset(cfg, split), cfg, rank=0, world_size=1)
+        check_maps(build_dataset(cfg, split), cfg.maps)
 
 
 MAP = {"dir": "x", "kind": "grey"}
@@ -255,7 +237,6 @@ MAP = {"dir": "x", "kind": "grey"}
         ({"maps": {"hint": {**MAP, "made_bye": "x"}}}, "unknown key 'data.maps.hint.made_bye'.*did you mean 'made_by'"),
         ({"maps": {"my hint": MAP}}, "'my hint' is no name for a map"),
         ({"maps": {"hint": MAP}, "rand_augment": {}}, "'data.maps' is .*no longer lie on it; remove one"),
-        ({"maps": {"hint": MAP}, "eval_maps": ["sal"]}, "'data.eval_maps' is .*: 'sal' is not in data.maps .hint"),
     ],
 )
 def test_config(values, message):

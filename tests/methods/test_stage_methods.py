@@ -14,7 +14,7 @@ from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 from wsss_dist.methods.c2am import HintConfig, hint_loss
 
-FROZEN = {**BACKBONE, "trainable_backbone": False}
+FROZEN = {**BACKBONE, "frozen_stages": 5}
 
 
 def make(name, **config):
@@ -169,7 +169,7 @@ def test_what_predicts_no_classes_is_not_evaluated():
 
 
 def test_the_backbone_of_the_affinity_network_is_frozen():
-    with pytest.raises(UserError, match="'method.backbone.trainable_backbone' must be false"):
+    with pytest.raises(UserError, match="'method.backbone.frozen_stages' must be 5"):
         parse_config(values({"name": "affinity", "backbone": BACKBONE}))
 
 

@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
         noc,
         {**noc, "noc_leak": True},
         {"name": "c2am", "backbone": BACKBONE},
-        {"name": "affinity", "backbone": {**BACKBONE, "trainable_backbone": False}, "radius": 5},
+        {"name": "affinity", "backbone": {**BACKBONE, "frozen_stages": 5}, "radius": 5},
     ]
     named = dict(zip(METHODS, sections, strict=True))
     whole = {(m, "one"): values(s, engine="plain") for m, s in named.items()}

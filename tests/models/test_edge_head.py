@@ -11,7 +11,7 @@ from wsss_dist.models.resnet import ResNet, ResNetConfig
 
 def make(name="resnet18", **changes):
     torch.manual_seed(0)
-    backbone = ResNet(ResNetConfig(name=name, weights=None, norm="fix", trainable_backbone=False, **changes))
+    backbone = ResNet(ResNetConfig(name=name, weights=None, norm="fix", frozen_stages=5, **changes))
     return backbone, EdgeHead(backbone.channels, backbone.strides)
 
 

@@ -44,9 +44,9 @@ def test_rates_and_decay():
     [
         {},
         {"norm": "fix"},
-        {"trainable_stem": False},
-        {"trainable_backbone": False},
-        {"norm": "fix", "trainable_stem": False},
+        {"frozen_stages": 1},
+        {"frozen_stages": 5},
+        {"norm": "fix", "frozen_stages": 1},
     ],
 )
 def test_each_trainable_parameter_once(changes):
@@ -56,7 +56,7 @@ def test_each_trainable_parameter_once(changes):
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in net.parameters() if p.requires_grad}
     names = {"oc_pretrained_weights", "oc_pretrained_biases", "oc_new_weights"}  # the head has no bias
-    assert {g["name"] for g in groups} == (names if changes.get("trainable_backbone", True) else {"oc_new_weights"})
+    assert {g["name"] for g in groups} == (names if changes.get("frozen_stages", 0) < 5 else {"oc_new_weights"})
 
 
 def test_factor_of_the_new_part():

@@ -181,7 +181,7 @@ def test_normal_uses_and_moves_the_statistics():
 
 
 def test_a_frozen_stem_stays_as_it_is_and_the_rest_trains():
-    network = make(trainable_stem=False).eval().train()
+    network = make(frozen_stages=1).eval().train()
     before = statistics(network)
     network(torch.randn(2, 3, 64, 64))[-1].sum().backward()
     for k, v in statistics(network).items():
@@ -191,7 +191,7 @@ def test_a_frozen_stem_stays_as_it_is_and_the_rest_trains():
 
 
 def test_a_frozen_backbone_stays_as_it_is_and_lets_the_gradient_of_the_image_through():
-    network = make(trainable_backbone=False).eval().train()
+    network = make(frozen_stages=5).eval().train()
     assert network.training and not any(m.training for m in network.modules() if m is not network)
     before, x = statistics(network), torch.randn(2, 3, 64, 64, requires_grad=True)
     network(x)[-1].sum().backward()
@@ -205,7 +205,7 @@ def test_a_resnest_refuses_to_train_on_one_image():
     with pytest.raises(UserError, match="'train.micro_batch' is 1, but 'resnest14d'.*norm: fix"):
         make()(x)
     make(norm="fix")(x)
-    make(trainable_backbone=False)(x)
+    make(frozen_stages=5)(x)
     make().eval()(x)
     make("resnet18")(x)
 

@@ -19,6 +19,7 @@ _HOME = {
     "build_eval_loader": "loader",
     "build_inference_loader": "loader",
     "build_train_loader": "loader",
+    "chosen_rows": "loader",
     "check_eval_samples": "loader",
 }
 __all__ = list(_HOME)

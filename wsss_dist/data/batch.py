@@ -66,7 +66,6 @@ class EvalSample:
     image   [3, H, W] uint8 RGB at its native size.
     labels  [C] float32 tags.
     mask    [H, W] uint8, 0 background, 1..C classes, 255 ignore; None where the split has no masks, or none are wanted.
-    maps    name -> [H, W] of what an earlier stage made, as in `Batch`.
     """
 
     index: int
@@ -74,4 +73,3 @@ class EvalSample:
     image: Tensor
     labels: Tensor
     mask: Tensor | None
-    maps: dict[str, Tensor] = field(default_factory=dict)

@@ -61,11 +61,11 @@ class DataConfig(StrictModel):
     rand_augment: RandAugmentConfig | None = None
     # name -> what an earlier stage made for each image; training gets them in Batch.maps, augmented as the image is
     maps: dict[str, MapConfig] = {}
-    # names of those that evaluation samples carry too
-    eval_maps: list[str] = []
     num_workers: int = Field(2, ge=0, le=256)
     # a run stops when more files than this were unreadable
     max_damaged: int = Field(10, ge=0)
+    # train on this many images of the training split, evenly strided; None: on all
+    train_limit: int | None = Field(None, ge=1)
     # evaluate on this many images of a split, evenly strided; None: on all
     val_limit: int | None = Field(None, ge=1)
 
@@ -116,15 +116,6 @@ class DataConfig(StrictModel):
                 "data.rand_augment turns and shifts the image but not its maps, which would no longer lie on it; "
                 "remove one of the two"
             )
-        return value
-
-    @field_validator("eval_maps")
-    @classmethod
-    def _eval_maps_are_maps(cls, value: list[str], info: ValidationInfo) -> list[str]:
-        known = info.data.get("maps")
-        for name in value:
-            if known is not None and name not in known:
-                raise ValueError(f"'{name}' is not in data.maps ({', '.join(known) or 'empty'}); add it there")
         return value
 
     @field_validator("classes")

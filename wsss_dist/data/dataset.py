@@ -59,6 +59,11 @@ class Dataset:
             )
         self._select(rows)
 
+    def keep_strided(self, limit: int | None) -> None:
+        """Leave out all but `limit` evenly strided images; None keeps all."""
+        if limit is not None and limit < len(self):
+            self._select(np.arange(limit) * len(self) // limit)
+
     def _select(self, rows: np.ndarray) -> None:
         """Keep the images `rows` (int64) alone."""
         self.files, self.tags = self.files[rows], self.tags[rows]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from wsss_dist.data.batch import Batch, EvalSample
-from wsss_dist.data.config import DataConfig, MapConfig
+from wsss_dist.data.config import DataConfig
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.decode import DamagedImage
 from wsss_dist.data.maps import check_maps, read_maps
@@ -183,46 +183,42 @@ def build_eval_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_siz
 
     Image i of the split goes to rank i % world_size. With cfg.val_limit only that many evenly strided images count, and
     the i-th of those goes to rank i % world_size. Iterating raises a UserError at an image that cannot be read: leaving
-    it out would change the score. A split without masks gives mask = None. The maps are those of cfg.eval_maps.
+    it out would change the score. A split without masks gives mask = None.
     """
     if dataset.has_masks:
         dataset.open_masks()
-    chosen = _chosen(dataset, cfg.val_limit)[rank::world_size]
-    return _EvalLoader(_EvalSamples(dataset, chosen, _eval_maps(cfg), masks=True), cfg.num_workers)
+    chosen = chosen_rows(dataset, cfg.val_limit)[rank::world_size]
+    return _EvalLoader(_EvalSamples(dataset, chosen, masks=True), cfg.num_workers)
 
 
-def build_inference_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_size: int) -> DataLoader:
-    """Every image of a split with id and tags and without a mask, for a stage that makes something of each.
+def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: np.ndarray) -> DataLoader:
+    """Images of a split with id and tags and without masks, for a stage that makes something of each.
 
-    One `EvalSample` an item, its mask None: the masks of the split are never opened. Image i goes to rank
-    i % world_size; `len()` counts those of this rank. All of cfg.maps are given, and cfg.val_limit does not count.
+    One `EvalSample` an item, its mask None: the masks of the split are never opened.
 
+    Args:
+        dataset: the split.
+        cfg: num_workers.
+        rows: positions of the images in the order wanted, int64.
     Raises:
-        UserError: a map is missing or wrong; iterating: an image or a map that cannot be read.
+        UserError: iterating: an image that cannot be read.
     """
-    check_maps(dataset, cfg.maps)
-    chosen = _chosen(dataset, None)[rank::world_size]
-    return _EvalLoader(_EvalSamples(dataset, chosen, cfg.maps, masks=False), cfg.num_workers)
+    return _EvalLoader(_EvalSamples(dataset, rows, masks=False), cfg.num_workers)
 
 
 def check_eval_samples(dataset: Dataset, cfg: DataConfig, count: int = 8) -> None:
-    """Read up to `count` evenly strided images of an evaluation split with masks and maps, to find a mistake early.
+    """Read up to `count` evenly strided images of an evaluation split with masks, to find a mistake early.
 
     Raises:
         UserError: what iterating over `build_eval_loader` would raise.
     """
-    chosen, maps = _chosen(dataset, cfg.val_limit), _eval_maps(cfg)
-    check_maps(dataset, maps, chosen, count)
+    chosen = chosen_rows(dataset, cfg.val_limit)
     for k in range(min(count, len(chosen))):
-        _eval_sample(dataset, int(chosen[k * len(chosen) // min(count, len(chosen))]), {}, masks=True)
+        _eval_sample(dataset, int(chosen[k * len(chosen) // min(count, len(chosen))]), masks=True)
 
 
-def _eval_maps(cfg: DataConfig) -> dict[str, MapConfig]:
-    return {name: cfg.maps[name] for name in cfg.eval_maps}
-
-
-def _chosen(dataset: Dataset, limit: int | None) -> np.ndarray:
-    """Indices of the images that an evaluation reads, int64."""
+def chosen_rows(dataset: Dataset, limit: int | None) -> np.ndarray:
+    """Positions of `limit` evenly strided images of a split, or of all, int64."""
     if limit is None or limit >= len(dataset):
         return np.arange(len(dataset))
     return np.arange(limit) * len(dataset) // limit
@@ -238,8 +234,8 @@ class _EvalLoader(DataLoader):
 
 
 class _EvalSamples(torch.utils.data.Dataset):
-    def __init__(self, dataset: Dataset, indices: np.ndarray, maps: dict[str, MapConfig], masks: bool) -> None:
-        self.dataset, self.indices, self.maps, self.masks = dataset, indices, maps, masks
+    def __init__(self, dataset: Dataset, indices: np.ndarray, masks: bool) -> None:
+        self.dataset, self.indices, self.masks = dataset, indices, masks
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -247,12 +243,12 @@ class _EvalSamples(torch.utils.data.Dataset):
     def __getitem__(self, k: int) -> EvalSample | UserError:
         index = int(self.indices[k])
         try:
-            return _eval_sample(self.dataset, index, self.maps, self.masks)
+            return _eval_sample(self.dataset, index, self.masks)
         except UserError as error:
             return error
 
 
-def _eval_sample(dataset: Dataset, index: int, maps: dict[str, MapConfig], masks: bool) -> EvalSample:
+def _eval_sample(dataset: Dataset, index: int, masks: bool) -> EvalSample:
     try:
         image = dataset.image(index)
     except DamagedImage as error:
@@ -269,14 +265,12 @@ def _eval_sample(dataset: Dataset, index: int, maps: dict[str, MapConfig], masks
                 f"data: the mask of {dataset.path(index)} is {mask.shape[0]} x {mask.shape[1]} (height x width), the "
                 f"image is {image.shape[0]} x {image.shape[1]}; expected the same size: make the mask again"
             )
-    given = read_maps(dataset, index, maps, image.shape[:2])
     return EvalSample(
         index=index,
         id=dataset.id(index),
         image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
         labels=torch.from_numpy(dataset.labels(index)),
         mask=None if mask is None else torch.from_numpy(mask),
-        maps={name: torch.from_numpy(values) for name, values in given.items()},
     )
 
 

@@ -15,7 +15,7 @@ def build_dataset(cfg: DataConfig, split: str) -> Dataset:
     """Open one split of the configured data set.
 
     Args:
-        cfg: format, root, classes, untagged.
+        cfg: format, root, classes, untagged, and train_limit for the training split.
         split: name of the split, as in cfg.train_split or cfg.eval_splits.
     Raises:
         UserError: a file or a class is missing, repeated or not what the format says.
@@ -23,4 +23,6 @@ def build_dataset(cfg: DataConfig, split: str) -> Dataset:
     dataset = _READERS[cfg.format](cfg.root, split, cfg.classes)
     if cfg.untagged == "drop":
         dataset.drop_untagged()
+    if split == cfg.train_split:
+        dataset.keep_strided(cfg.train_limit)
     return dataset

@@ -15,20 +15,21 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.errors import UserError
 from wsss_dist.methods.base import BaseMethod, check_stage
 from wsss_dist.models.edge_head import EdgeHead
-from wsss_dist.models.resnet import ResNet, ResNetConfig
+from wsss_dist.models.pyramid import build_pyramid
+from wsss_dist.models.resnet import ResNetConfig
 from wsss_dist.schema import StrictModel
 
 
 class Config(StrictModel):
     """AffinityNet; the defaults are those of the published VOC and COCO runs."""
 
-    backbone: ResNetConfig = ResNetConfig(norm="fix", trainable_backbone=False)
+    backbone: ResNetConfig = ResNetConfig(norm="fix", frozen_stages=5)
     radius: int = Field(10, ge=2)  # R: pairs closer than this on the grid
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
-        if self.backbone.trainable_backbone:
-            raise UserError("config: 'method.backbone.trainable_backbone' must be false: only the edge head is trained")
+        if self.backbone.frozen_stages < 5:
+            raise UserError("config: 'method.backbone.frozen_stages' must be 5: only the edge head is trained")
         check_stage(run, needs="labels")
         if run.data.crop // 4 < 2 * self.radius:
             raise UserError(
@@ -43,7 +44,7 @@ class Method(BaseMethod):
     def __init__(self, cfg: Config, num_classes: int, train_steps: int):
         super().__init__()
         self.cfg = cfg
-        self.backbone = ResNet(cfg.backbone)
+        self.backbone = build_pyramid(cfg.backbone)
         self.patch_size = cfg.backbone.output_stride
         self.head = EdgeHead(self.backbone.channels, self.backbone.strides)
 

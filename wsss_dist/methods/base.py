@@ -6,6 +6,7 @@ B batch, C foreground classes, K = C + 1 with background (0), H W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -67,6 +68,10 @@ class BaseMethod(nn.Module):
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Losses of one micro batch at 0-based step `step`: "loss" (with graph) and any scalars to log."""
         raise NotImplementedError
+
+    def trained_weights(self) -> list[Path]:
+        """Weights of earlier runs that it was built from; their classes have to be those of this run."""
+        return []
 
     def after_step(self, step: int) -> None:
         """Called on every rank once per optimiser step, after it (moving averages and the like)."""

@@ -20,7 +20,8 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.methods.base import BaseMethod, check_stage
 from wsss_dist.models.cam_heads import SaliencyHead
 from wsss_dist.models.groups import pretrained_and_new
-from wsss_dist.models.resnet import ResNet, ResNetConfig
+from wsss_dist.models.pyramid import build_pyramid
+from wsss_dist.models.resnet import ResNetConfig
 from wsss_dist.schema import StrictModel
 
 
@@ -52,7 +53,7 @@ class Method(BaseMethod):
     def __init__(self, cfg: Config, num_classes: int, train_steps: int):
         super().__init__()
         self.cfg = cfg
-        self.backbone = ResNet(cfg.backbone)
+        self.backbone = build_pyramid(cfg.backbone)
         self.patch_size = cfg.backbone.output_stride
         self.head = SaliencyHead(self.backbone.channels[3:])
 
@@ -78,6 +79,10 @@ class Method(BaseMethod):
             out["loss_hint"] = hint_loss(logits, batch.maps["hint"], self.cfg.hint)
             loss = loss + self.cfg.hint.weight * out["loss_hint"]
         return {"loss": self.cfg.loss_scale * loss, **{k: v.detach() for k, v in out.items()}}
+
+    def foreground(self, images: Tensor) -> Tensor:
+        """Rectified saliency logits [B, 1, h, w] of images [B, 3, H, W]."""
+        return self.head(*self.backbone(images)[3:])[1].float().relu()
 
 
 def hint_loss(logits: Tensor, hint: Tensor, cfg: HintConfig) -> Tensor:

@@ -15,7 +15,8 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.methods.base import BaseMethod, Prediction, check_stage
 from wsss_dist.models.deeplab import DeepLabDecoder
 from wsss_dist.models.groups import pretrained_and_new
-from wsss_dist.models.resnet import ResNet, ResNetConfig
+from wsss_dist.models.pyramid import build_pyramid
+from wsss_dist.models.resnet import ResNetConfig
 from wsss_dist.schema import StrictModel
 
 IGNORE = 255
@@ -38,7 +39,7 @@ class Method(BaseMethod):
     def __init__(self, cfg: Config, num_classes: int, train_steps: int):
         super().__init__()
         self.cfg = cfg
-        self.backbone = ResNet(cfg.backbone)
+        self.backbone = build_pyramid(cfg.backbone)
         self.patch_size = cfg.backbone.output_stride
         self.decoder = DeepLabDecoder(self.backbone.channels[1], self.backbone.channels[4], num_classes + 1)
 
@@ -79,7 +80,7 @@ class Method(BaseMethod):
         """Segmentation alone: logits at full size, plain and mirrored added, merged over scales."""
         size, per_scale, single = batch.images.shape[-2:], [], None
         for scale in seg_scales:
-            x = cams.upsample(batch.images, cams.scaled_size(size, scale))
+            x = cams.rescaled(batch.images, scale)
             plain, mirrored = self.logits(torch.cat([x, x.flip(-1)])).float().chunk(2)
             per_scale.append(cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size))
             if scale == 1.0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,7 +28,8 @@ from wsss_dist.methods.base import BaseMethod, Prediction
 from wsss_dist.models.cam_heads import CamHead
 from wsss_dist.models.groups import pretrained_and_new
 from wsss_dist.models.pretrained import load_part
-from wsss_dist.models.resnet import ResNet, ResNetConfig
+from wsss_dist.models.pyramid import build_pyramid
+from wsss_dist.models.resnet import ResNetConfig
 from wsss_dist.schema import ConfigPath, StrictModel
 
 PUZZLE = ("puzzle", "p_oc", "p_noc")
@@ -104,7 +106,7 @@ class CamNetwork(nn.Module):
 
     def __init__(self, cfg: ResNetConfig, num_classes: int):
         super().__init__()
-        self.backbone = ResNet(cfg)
+        self.backbone = build_pyramid(cfg)
         self.head = CamHead(self.backbone.dim, num_classes)
 
     def forward(self, images: Tensor, pooled: bool = False) -> Tensor:
@@ -139,6 +141,10 @@ class Method(BaseMethod):
     def weights_note(self) -> str | None:
         """What the backbone's weights file says of its origin."""
         return self.generator.backbone.weights_note
+
+    def trained_weights(self) -> list[Path]:
+        """The second classifier's."""
+        return [] if self.cfg.second is None else [self.cfg.second.weights]
 
     def param_groups(self) -> list[dict]:
         """Those of the generator, and in "p_noc" those of the second classifier."""
@@ -196,14 +202,15 @@ class Method(BaseMethod):
         size, pairs = batch.images.shape[-2:], cams.present_pairs(batch.labels)
         total = 0.0
         for scale in cam_scales:
-            total = total + self.class_maps(cams.upsample(batch.images, cams.scaled_size(size, scale)), pairs, size)
+            maps = self.class_maps(cams.rescaled(batch.images, scale), pairs)
+            total = total + cams.upsample(maps[:, None], size)[:, 0]
         return Prediction(cam=cams.all_classes(cams.peak_normalised(total), pairs, batch.labels))
 
-    def class_maps(self, images: Tensor, pairs: Tensor, size: tuple[int, int]) -> Tensor:
-        """Rectified maps [P, *size] of images [B, 3, H, W] plus those of their mirror images, of P pairs alone."""
+    def class_maps(self, images: Tensor, pairs: Tensor) -> Tensor:
+        """Rectified maps [P, h, w] of images [B, 3, H, W] plus those of their mirror images, of P pairs alone."""
         maps = self.generator(torch.cat([images, images.flip(-1)])).float().relu()
         plain, mirrored = (half[pairs[:, 0], pairs[:, 1]] for half in maps.chunk(2))
-        return cams.upsample((plain + mirrored.flip(-1))[:, None], size)[:, 0]
+        return plain + mirrored.flip(-1)
 
     def _smooth(self, labels: Tensor) -> Tensor:
         return (1 - self.cfg.label_smoothing) * labels + self.cfg.label_smoothing / 2

@@ -52,6 +52,10 @@ class Method(BaseMethod):
         loss = F.binary_cross_entropy_with_logits(logits, batch.maps["saliency"], reduction="none")
         return {"loss": loss.sum((1, 2)).mean() / self.cfg.divisor}
 
+    def foreground(self, images: Tensor) -> Tensor:
+        """Saliency [B, 1, H, W] in [0, 1] of images [B, 3, H, W]."""
+        return self.saliency(images).float().sigmoid()
+
     def saliency(self, images: Tensor) -> Tensor:
         """Logits [B, 1, H, W] of images [B, 3, H, W], normalised with the ImageNet mean and standard deviation."""
-        return self.network(caffe_input(denormalise(images.float()) / 255))
+        return self.network(caffe_input(denormalise(images.float()) / 255) if self.network.is_caffe else images)

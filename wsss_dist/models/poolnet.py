@@ -5,14 +5,17 @@ Letters: B batch, H W pixels. Every resize is bilinear with align_corners.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from wsss_dist.errors import UserError
+from wsss_dist.models.pyramid import Pyramid
 from wsss_dist.models.resnet import ResNet, ResNetConfig, set_dilation
 from wsss_dist.schema import StrictModel
 
@@ -29,8 +32,10 @@ LAST = (128, 128, False, False)
 class PoolNetConfig(StrictModel):
     """The backbone of PoolNet."""
 
-    name: str = "resnet50.tv_in1k"  # timm model: resnet18, 34, 50, 101
+    # timm model: resnet18, 34, 50, 101, which are made Caffe's, or any with five levels, as it is
+    name: str = "resnet50.tv_in1k"
     weights: str | None = "timm"  # "timm" hub, a file, or null for random weights
+    width: float = Field(1.0, gt=0, le=1)  # of all layers after the backbone, as a share of the published ones
 
 
 def caffe_input(rgb: Tensor) -> Tensor:
@@ -67,28 +72,41 @@ class CaffeResNet(ResNet):
         return tuple(taps)
 
 
+class FinePyramid(Pyramid):
+    """The five levels of a timm network as they are, the first of stride 2, with BatchNorm never trained."""
+
+    def __init__(self, cfg: PoolNetConfig):
+        super().__init__(ResNetConfig(name=cfg.name, weights=cfg.weights, output_stride=16, norm="fix"))
+        self.strides = (2, *self.strides[1:])
+
+    def pooled(self, first: Tensor) -> Tensor:
+        return first
+
+
 class PoolNet(nn.Module):
-    """Images [B, 3, H, W] (`caffe_input`) -> saliency logits [B, 1, H, W]."""
+    """Images [B, 3, H, W] -> saliency logits [B, 1, H, W]. `is_caffe`: the images are those of `caffe_input`."""
 
     def __init__(self, cfg: PoolNetConfig):
         super().__init__()
-        self.backbone = CaffeResNet(cfg)
-        self.decoder = PoolNetDecoder(self.backbone.channels)
+        self.is_caffe = cfg.name.startswith("res")
+        self.backbone = CaffeResNet(cfg) if self.is_caffe else FinePyramid(cfg)
+        self.decoder = PoolNetDecoder(self.backbone.channels, cfg.width)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decoder(self.backbone(images), images.shape[2:])
 
 
 class PoolNetDecoder(nn.Module):
-    """Maps e0 to e4 of the given channels -> saliency logits [B, 1, H, W]."""
+    """Maps e0 to e4 of the given channels -> saliency logits [B, 1, H, W]; `width` scales the channels of its own."""
 
-    def __init__(self, channels: Sequence[int]):
+    def __init__(self, channels: Sequence[int], width: float = 1.0):
         super().__init__()
-        self.pyramid = PyramidPooling(channels[-1])
-        self.guides = nn.ModuleList(_unit(PYRAMID, k_out, 3) for _, k_out, _, _ in BLOCKS)
-        self.laterals = nn.ModuleList(_unit(dim, k, 1) for dim, k in zip(channels, LATERAL, strict=True))
-        self.blocks = nn.ModuleList(FusionBlock(*sizes) for sizes in (*BLOCKS, LAST))
-        self.score = nn.Conv2d(LAST[1], 1, 1)
+        own = functools.partial(_narrowed, width=width)
+        self.pyramid = PyramidPooling(channels[-1], own(PYRAMID))
+        self.guides = nn.ModuleList(_unit(own(PYRAMID), own(k_out), 3) for _, k_out, _, _ in BLOCKS)
+        self.laterals = nn.ModuleList(_unit(dim, own(k), 1) for dim, k in zip(channels, LATERAL, strict=True))
+        self.blocks = nn.ModuleList(FusionBlock(own(k), own(k_out), *how) for k, k_out, *how in (*BLOCKS, LAST))
+        self.score = nn.Conv2d(own(LAST[1]), 1, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -106,15 +124,13 @@ class PoolNetDecoder(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """The global guide: [B, D, h, w] -> [B, 512, h, w]."""
+    """The global guide: [B, D, h, w] -> [B, width, h, w]."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, width: int = PYRAMID):
         super().__init__()
-        self.reduce = nn.Conv2d(dim, PYRAMID, 1, bias=False)
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(grid), _unit(PYRAMID, PYRAMID, 1)) for grid in GRIDS
-        )
-        self.merge = _unit(PYRAMID * (len(GRIDS) + 1), PYRAMID, 3)
+        self.reduce = nn.Conv2d(dim, width, 1, bias=False)
+        self.levels = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(grid), _unit(width, width, 1)) for grid in GRIDS)
+        self.merge = _unit(width * (len(GRIDS) + 1), width, 3)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.reduce(features)
@@ -147,6 +163,10 @@ class FusionBlock(nn.Module):
             total = _resize(total, below.shape[2:])
         total = self.out(total)
         return total if self.fuse is None else self.fuse(total + below + guide)
+
+
+def _narrowed(channels: int, width: float) -> int:
+    return max(1, round(channels * width))
 
 
 def _conv(dim: int, width: int, kernel: int) -> nn.Conv2d:

@@ -119,7 +119,8 @@ def read_state_dict(path: Path, key: str = "method.backbone.weights") -> dict[st
 def _load_into(model: nn.Module, state: dict[str, Tensor], path: str, name: str) -> None:
     state = {k.removeprefix("module."): v for k, v in state.items()}
     wanted = model.state_dict()
-    head = ("head.", "fc.", "classifier.", "head_dist.")
+    # the classifier, and what an EfficientNet has between its last level and it
+    head = ("head.", "fc.", "classifier.", "head_dist.", "conv_head.", "bn2.")
     state = {k: v for k, v in state.items() if k in wanted or not k.startswith(head)}
     if "pos_embed" in state and "pos_embed" in wanted and state["pos_embed"].shape != wanted["pos_embed"].shape:
         state["pos_embed"] = resample_abs_pos_embed(

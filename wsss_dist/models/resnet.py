@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import timm
+from pydantic import Field
 from timm.layers import AvgPool2dSame, SplitAttn
 from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -34,8 +35,8 @@ class ResNetConfig(StrictModel):
     weights: str | None = "timm"  # "timm" hub, a file, or null for random weights
     output_stride: Literal[8, 16] = 16
     norm: Literal["normal", "fix"] = "normal"  # fix: BatchNorm uses stored statistics, its scale and bias are frozen
-    trainable_stem: bool = True  # false: the stem is frozen and its BatchNorm uses stored statistics
-    trainable_backbone: bool = True  # false: the same for the whole backbone
+    # so many of the five levels, the stem first, are not trained, and their BatchNorm uses stored statistics
+    frozen_stages: int = Field(0, ge=0, le=5)
 
 
 class ResNet(nn.Module):
@@ -79,7 +80,7 @@ class ResNet(nn.Module):
         return weights_note(self.cfg.weights)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        moves = self.training and self.cfg.norm == "normal" and self.cfg.trainable_backbone
+        moves = self.training and self.cfg.norm == "normal" and self.cfg.frozen_stages < len(self.channels)
         if moves and self.is_resnest and len(images) == 1:
             raise UserError(
                 f"config: 'train.micro_batch' is 1, but {self.cfg.name!r} has norms over one number per image and "
@@ -95,24 +96,20 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> ResNet:
         """Training mode for what is trained; BatchNorm with stored statistics stays in evaluation mode."""
         super().train(mode)
-        frozen = [] if self.cfg.trainable_stem else [self.stem]
-        if not self.cfg.trainable_backbone:
-            frozen = list(self.children())
-        for module in [*frozen, *self._fixed_norms()]:
+        for module in [*self._frozen(), *self._fixed_norms()]:
             module.eval()
         return self
+
+    def _frozen(self) -> list[nn.Module]:
+        return [self.stem, *self.layers][: self.cfg.frozen_stages]
 
     def _fixed_norms(self) -> list[nn.Module]:
         fix = self.cfg.norm == "fix"
         return [m for m in self.modules() if isinstance(m, BatchNorm2d)] if fix else []
 
     def _freeze(self) -> None:
-        if not self.cfg.trainable_backbone:
-            self.requires_grad_(False)
-        if not self.cfg.trainable_stem:
-            self.stem.requires_grad_(False)
-        for norm in self._fixed_norms():
-            norm.requires_grad_(False)
+        for module in [*self._frozen(), *self._fixed_norms()]:
+            module.requires_grad_(False)
         self.train(self.training)
 
 

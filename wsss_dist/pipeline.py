@@ -1,0 +1,281 @@
+"""Multi-stage methods: a config with `stages:` is run stage by stage, and only what changed is run again.
+
+    run: {name: voc_pnoc, seed: 0}
+    data: {...}                      # sections beside `stages` are what every stage has, unless it says otherwise
+    stages:
+      classifier: {kind: train, method: {...}, optim: {...}, train: {...}}
+      cams: {kind: cams, weights: "${classifier}/model.safetensors", ...}
+
+The folder of a stage is run.dir/run.name/<stage>. `${classifier}` in a value stands for the folder of an earlier stage
+and makes that stage an input. `train` is a run of the trainer; every other kind is a module of wsss_dist/stages.
+
+A finished stage leaves stage.json: its section, the digests of its inputs, the digest of what it made. It is skipped as
+long as section and inputs are the same; otherwise its folder is set aside as <stage>.old and it runs again, and with it
+whatever depends on it. A stage that was killed goes on where it was: checkpoints, or the files that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsss_dist import dist
+from wsss_dist.config import RunConfig, RunSection, parse_config
+from wsss_dist.data import DataConfig, build_dataset
+from wsss_dist.errors import UserError
+from wsss_dist.pipeline_report import build_pipeline_report, scores_text
+from wsss_dist.report import ReportConfig
+from wsss_dist.schema import StrictModel, parse
+from wsss_dist.stages import load_kind, stage_kinds
+from wsss_dist.stages.base import Stage
+from wsss_dist.trained import export_weights
+from wsss_dist.trainer import DONE, Trainer, commit, configure_kernels
+
+DONE_FILE, STARTED_FILE = "stage.json", "started.json"
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+# sections that a stage may have of its own, on top of the common ones
+_COMMON = ("data", "eval", "report", "kernels", "deepspeed", "optim", "train")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass
+class Entry:
+    """One stage: its section as written, merged with the common ones; the stages it reads; its parsed config."""
+
+    name: str
+    kind: str
+    section: dict[str, Any]
+    inputs: list[str]
+    folder: Path
+    config: RunConfig | StrictModel
+
+
+class Pipeline:
+    """All stages of a config, parsed and checked before the first one runs.
+
+    Raises:
+        UserError: a mistake in any stage, named by its dotted key.
+    """
+
+    def __init__(self, values: dict[str, Any]):
+        values = dict(values)
+        stages = values.pop("stages")
+        self.run = parse(RunSection, values.pop("run", {}), "run")
+        unknown = sorted(set(values) - set(_COMMON))
+        if unknown:
+            raise UserError(
+                f"config: unknown key '{unknown[0]}' beside 'stages'; known keys: run, stages, {', '.join(_COMMON)}"
+            )
+        if not isinstance(stages, dict) or not stages:
+            raise UserError(f"config: 'stages' must be a mapping of names to stages, found {stages!r}")
+        self.folder = self.run.dir / self.run.name
+        self.kernels = values.get("kernels", {"default": "auto"})
+        self.data = parse(DataConfig, values["data"], "data") if "data" in values else None
+        self.report = parse(ReportConfig, values.get("report", {}), "report")
+        self.entries: dict[str, Entry] = {}
+        for name, section in stages.items():
+            self.entries[name] = self._entry(name, section, values)
+
+    def _entry(self, name: str, section: Any, common: dict[str, Any]) -> Entry:
+        where = f"stages.{name}"
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(f"config: 'stages' names a stage {name!r}; a name is letters, digits and _, as a folder's")
+        kinds = ["train", *stage_kinds()]
+        if not isinstance(section, dict) or section.get("kind") not in kinds:
+            found = section.get("kind") if isinstance(section, dict) else section
+            raise UserError(f"config: '{where}.kind' is {found!r}; expected one of {', '.join(kinds)}")
+        merged = {**section, **_sections(section, common)}
+        inputs = sorted(set(_references(merged)))
+        for other in inputs:
+            if other not in self.entries:
+                known = f"stages before it: {', '.join(self.entries) or 'none'}"
+                raise UserError(f"config: '{where}' refers to ${{{other}}}, which is no earlier stage; {known}")
+        resolved = _resolved({k: v for k, v in merged.items() if k != "kind"}, self.folder)
+        try:
+            config = self._parse(name, section["kind"], resolved)
+        except UserError as error:
+            lines = str(error).splitlines()
+            raise UserError("\n".join(f"stage '{name}': {line}" for line in lines)) from None
+        return Entry(name, section["kind"], merged, inputs, self.folder / name, config)
+
+    def _parse(self, name: str, kind: str, section: dict[str, Any]) -> RunConfig | StrictModel:
+        if kind == "train":
+            return parse_config({"run": {"name": name, "dir": str(self.folder), "seed": self.run.seed}, **section})
+        return parse(load_kind(kind).Config, section, "")
+
+    def start(self, only: str | None = None) -> int:
+        """Run the stages that are not done, or one of them alone, and write the table of scores and the report.
+
+        A collective call.
+
+        Args:
+            only: name of the stage to run; those it reads must be done.
+        Returns:
+            DONE, or the exit status of a training that a signal or train.stop_after ended.
+        """
+        if only is not None and only not in self.entries:
+            raise UserError(f"command line: --stage {only} is none of the stages: {', '.join(self.entries)}")
+        dist.init()
+        for entry in self.entries.values() if only is None else [self.entries[only]]:
+            key = self._key(entry)
+            if dist.on_main(lambda entry=entry, key=key: _is_done(entry, key)):
+                _say(f"stage {entry.name}: done before, and nothing it depends on has changed")
+                continue
+            dist.on_main(lambda entry=entry, key=key: _open(entry, key))
+            _say(f"stage {entry.name}: {entry.kind}")
+            begin = time.perf_counter()
+            status, scores = self._run(entry)
+            if scores is None:
+                return status
+            made = {"seconds": round(time.perf_counter() - begin, 1), "scores": scores}
+            dist.on_main(lambda entry=entry, key=key, made=made: _close(entry, key, made))
+            _say(f"stage {entry.name}: done in {made['seconds']:.0f} s")
+        report = dist.on_main(lambda: self._report())
+        _say(dist.on_main(lambda: scores_text(self.folder)))
+        _say(f"report: {report}")
+        return DONE
+
+    def _report(self) -> Path:
+        return build_pipeline_report(self.folder, list(self.entries), self.run.seed, self.data, self.report.num_images)
+
+    def _run(self, entry: Entry) -> tuple[int, dict[str, Any] | None]:
+        """Exit status and scores, split -> kind -> metrics; None for a training that is not at its end."""
+        if entry.kind != "train":
+            configure_kernels(self.kernels)
+            return DONE, load_kind(entry.kind).run(Stage(entry.name, entry.folder, entry.config, _say))
+        status = Trainer(entry.config).train()
+        if status != DONE or dist.on_main(lambda: _steps_done(entry.folder)) < entry.config.train.steps:
+            return status, None  # stopped, with a checkpoint to go on from
+        data = entry.config.data
+        dist.on_main(lambda: export_weights(entry.folder, build_dataset(data, data.train_split).class_names))
+        return status, dist.on_main(lambda: _trained_scores(entry.folder))
+
+    def _key(self, entry: Entry) -> dict[str, Any]:
+        """What the result of a stage depends on."""
+        inputs = {}
+        for other in entry.inputs:
+            made = dist.on_main(lambda other=other: _read(self.entries[other].folder / DONE_FILE))
+            if made is None:
+                raise UserError(
+                    f"stage '{entry.name}' reads stage '{other}', which is not done; run the config without --stage, "
+                    f"or with --stage {other} first"
+                )
+            inputs[other] = made["outputs"]
+        return {"kind": entry.kind, "section": entry.section, "seed": self.run.seed, "inputs": inputs}
+
+
+def _takes(kind: str, key: str) -> bool:
+    """Does a stage of this kind have a section `key`?"""
+    return kind == "train" or key in load_kind(kind).Config.model_fields
+
+
+def _sections(section: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """The common sections that a stage takes, with its own keys in them; a training is evaluated only if it says so."""
+    out = {}
+    for key in _COMMON:
+        if key in common and (key in section or _takes(section["kind"], key)):
+            shared = common[key]
+            if key == "data" and section["kind"] == "train" and isinstance(shared, dict):
+                shared = {**shared, "eval_splits": []}
+            out[key] = _merged(shared, section.get(key, {}))
+    return out
+
+
+def _merged(common: Any, own: Any) -> Any:
+    """Two values: mappings are merged key by key, and what the stage says wins."""
+    if not (isinstance(common, dict) and isinstance(own, dict)):
+        return own
+    return {**common, **{k: _merged(common[k], v) if k in common else v for k, v in own.items()}}
+
+
+def _references(value: Any) -> list[str]:
+    """Names of the stages that the strings of a nested value refer to."""
+    if isinstance(value, dict):
+        return [name for inner in value.values() for name in _references(inner)]
+    if isinstance(value, list):
+        return [name for inner in value for name in _references(inner)]
+    return _REFERENCE.findall(value) if isinstance(value, str) else []
+
+
+def _resolved(value: Any, folder: Path) -> Any:
+    """The nested value with the folders of the stages in place of the references."""
+    if isinstance(value, dict):
+        return {k: _resolved(v, folder) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolved(v, folder) for v in value]
+    return _REFERENCE.sub(lambda m: str(folder / m[1]), value) if isinstance(value, str) else value
+
+
+def _is_done(entry: Entry, key: dict[str, Any]) -> bool:
+    made = _read(entry.folder / DONE_FILE)
+    return made is not None and made["key"] == _digest(key)
+
+
+def _open(entry: Entry, key: dict[str, Any]) -> None:
+    """Start a stage, or go on with it: what another section or other inputs made is set aside."""
+    started = _read(entry.folder / STARTED_FILE)
+    if entry.folder.exists() and (started is None or started["key"] != _digest(key)):
+        old = entry.folder.with_name(f"{entry.name}.old")
+        if old.exists():
+            shutil.rmtree(old)
+        entry.folder.rename(old)
+    entry.folder.mkdir(parents=True, exist_ok=True)
+    (entry.folder / DONE_FILE).unlink(missing_ok=True)
+    _write(entry.folder / STARTED_FILE, {"key": _digest(key)})
+
+
+def _close(entry: Entry, key: dict[str, Any], made: dict[str, Any]) -> None:
+    """Write the manifest of a finished stage."""
+    manifest = {"stage": entry.name, "key": _digest(key), **key, "commit": commit()}
+    _write(entry.folder / DONE_FILE, {**manifest, "outputs": _digest_of_outputs(entry), **made})
+
+
+def _steps_done(folder: Path) -> int:
+    """Steps of the newest checkpoint of a training."""
+    return max((int(p.name.removeprefix("ckpt-")) for p in folder.glob("checkpoints/ckpt-*")), default=0)
+
+
+def _trained_scores(folder: Path) -> dict[str, Any]:
+    """What the final evaluation of a training found, if it had splits to evaluate on."""
+    result = _read(folder / "result.json")
+    return {} if result is None else {split: record["kinds"] for split, record in result["splits"].items()}
+
+
+def _digest_of_outputs(entry: Entry) -> str:
+    """SHA-256 over names and contents of what later stages may read: the weights, or the files below out/."""
+    files = [entry.folder / "model.safetensors"] if entry.kind == "train" else sorted(entry.folder.glob("out/**/*"))
+    total = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.relative_to(entry.folder)} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def _say(text: str) -> None:
+    if dist.is_main():
+        print(text, flush=True)

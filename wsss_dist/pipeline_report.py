@@ -1,0 +1,140 @@
+"""What a run of several stages shows: one table of scores, result.json, and a report with pictures of every stage.
+
+All of it is made from the files of the stages and the data set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsss_dist.data import DataConfig, build_dataset, chosen_rows
+from wsss_dist.report import KINDS, ROWS_PER_SHEET, embedded, page, percent, table
+from wsss_dist.stages import load_kind
+
+STAGE_KINDS = {
+    **KINDS,
+    "cam": "CAM, best threshold of 0.05 to 0.80",
+    "saliency": "saliency, two classes",
+    "affinity_labels": "affinity labels, decided pixels",
+    "random_walk": "random walk, best threshold of 0.05 to 0.80",
+    "pseudo": "pseudo masks",
+    "seg": "segmentation",
+    "seg_crf": "segmentation + CRF",
+}
+
+
+def build_pipeline_report(folder: Path, stages: list[str], seed: int, data: DataConfig | None, images: int) -> Path:
+    """Write folder/result.json and folder/report.html from the manifests of the stages that are done.
+
+    Args:
+        folder: run.dir/run.name.
+        stages: their names in order.
+        seed: of the run.
+        data: of the splits to show; None: no pictures.
+        images: of each split to show.
+    Returns:
+        the path of the report.
+    """
+    manifests = [json.loads(path.read_text()) for s in stages if (path := folder / s / "stage.json").is_file()]
+    kept = ("stage", "kind", "seconds", "commit", "scores")
+    result = {"name": folder.name, "seed": seed, "stages": [{k: m[k] for k in kept} for m in manifests]}
+    _write(folder / "result.json", json.dumps(result, indent=1))
+    pictures = folder / "report"
+    pictures.mkdir(exist_ok=True)
+    parts = [
+        f"<h1>{escape(folder.name)}</h1>",
+        "<p>Every stage of the run with its score: mIoU in percent, background included. Thresholds of score maps are "
+        "chosen on the split they are measured on. Maps and masks up to the pseudo masks know the tags of the image, "
+        "the segmentation does not.</p>",
+        _score_table(result),
+        *(_sheets(folder, manifests, data, split, images, pictures) for split in _splits(result) if data),
+    ]
+    path = folder / "report.html"
+    _write(path, page(f"{folder.name}: report", "\n".join(parts)))
+    return path
+
+
+def scores_text(folder: Path) -> str:
+    """The table of scores for a terminal."""
+    result = json.loads((folder / "result.json").read_text())
+    splits = _splits(result)
+    lines = ["mIoU %".ljust(66) + "".join(f"{s:>12}" for s in splits)]
+    for stage, kind, scores in _rows(result):
+        values = "".join(f"{percent(scores.get(s, {}).get('miou')):>12}" for s in splits)
+        lines.append(f"{stage:<20} {STAGE_KINDS.get(kind, kind):<45}{values}")
+    seconds = sum(s["seconds"] for s in result["stages"])
+    return "\n".join([*lines, f"{len(result['stages'])} stages, {seconds:.0f} s"])
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, dict]]]:
+    """(stage, kind, split -> metrics) in the order of the stages."""
+    rows = []
+    for stage in result["stages"]:
+        kinds = dict.fromkeys(k for scores in stage["scores"].values() for k in scores)
+        rows += [(stage["stage"], k, {s: v[k] for s, v in stage["scores"].items() if k in v}) for k in kinds]
+    return rows
+
+
+def _splits(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(split for stage in result["stages"] for split in stage["scores"]))
+
+
+def _score_table(result: dict[str, Any]) -> str:
+    splits, rows = _splits(result), []
+    seconds = {s["stage"]: s["seconds"] for s in result["stages"]}
+    for stage, kind, scores in _rows(result):
+        cells = "".join(f'<td class="main">{percent(scores.get(s, {}).get("miou"))}</td>' for s in splits)
+        rows.append(
+            f'<tr><td>{escape(stage)}</td><td class="name">{escape(STAGE_KINDS.get(kind, kind))}</td>{cells}'
+            f"<td>{seconds.pop(stage, '')}</td></tr>"
+        )
+    rows += [
+        f"<tr><td>{escape(s)}</td><td></td>{'<td></td>' * len(splits)}<td>{t}</td></tr>" for s, t in seconds.items()
+    ]
+    return table(["stage", "result", *splits, "seconds"], rows, named=2)
+
+
+def _sheets(
+    folder: Path, manifests: list[dict[str, Any]], data: DataConfig, split: str, images: int, pictures: Path
+) -> str:
+    """Sheets of pictures of evenly strided images, a column per stage that makes something of an image."""
+    from wsss_dist import report_plots
+
+    panels = {"heat": report_plots.heat_panel, "labels": report_plots.label_panel}
+    samples, columns = [], {"image": ("image", lambda image, value: value)}
+    dataset = build_dataset(data, split)
+    dataset.open_masks()
+    rows = chosen_rows(dataset, None if split == data.train_split else data.val_limit)
+    for row in rows[np.arange(min(images, len(rows))) * len(rows) // max(1, min(images, len(rows)))]:
+        sample = {"id": dataset.id(row), "image": dataset.image(row), "truth": dataset.mask(row)}
+        sample["tags"] = np.flatnonzero(dataset.labels(row)) + 1
+        for manifest in manifests:
+            if manifest["kind"] == "train":
+                continue
+            found = load_kind(manifest["kind"]).picture(folder / manifest["stage"], split, sample["id"])
+            if found is not None:
+                columns[manifest["stage"]] = (manifest["stage"].replace("_", " "), panels[found[0]])
+                sample[manifest["stage"]] = found[1]
+        samples.append(sample)
+    if not samples:
+        return ""
+    columns["truth"] = ("truth", report_plots.label_panel)
+    parts = [f"<h2>Pictures: {escape(split)}</h2>"]
+    for number, start in enumerate(range(0, len(samples), ROWS_PER_SHEET), start=1):
+        path = pictures / f"{split.replace('/', '_')}_{number}.png"
+        names = ["background", *dataset.class_names]
+        report_plots.sample_sheet(samples[start : start + ROWS_PER_SHEET], names, path, columns)
+        parts.append(embedded(path, f"images of {split} beside what each stage made of them", photographs=True))
+    return "\n".join(parts)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

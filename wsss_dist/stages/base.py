@@ -1,0 +1,202 @@
+"""What every stage that makes one file per image shares: which images, which rank, what is there already.
+
+The images of a stage are those of the training split and of data.eval_splits (of these data.val_limit, as in an
+evaluation). Image i of a split is made by rank i mod ranks. A file that is there is whole, since it is written under
+another name first: a stage that was killed goes on with the images that are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wsss_dist import dist
+from wsss_dist.cam import rescaled
+from wsss_dist.data import DataConfig, Dataset, build_dataset, build_inference_loader, chosen_rows
+from wsss_dist.data.batch import EvalSample
+from wsss_dist.data.decode import DamagedImage, read_channel
+from wsss_dist.data.transforms import normalise
+from wsss_dist.errors import UserError
+from wsss_dist.schema import StrictModel
+
+
+class StageConfig(StrictModel):
+    """What every kind has."""
+
+    data: DataConfig
+
+
+@dataclass
+class Stage:
+    """One stage to run: its name, folder, parsed config, and where to say how far it is."""
+
+    name: str
+    folder: Path
+    config: Any
+    say: Callable[[str], None] = print
+
+    def splits(self) -> dict[str, tuple[Dataset, np.ndarray]]:
+        """Split -> data set and the positions of its images that count, int64."""
+        data = self.config.data
+        names = dict.fromkeys([data.train_split, *data.eval_splits])
+        sets = {name: build_dataset(data, name) for name in names}
+        return {n: (s, chosen_rows(s, None if n == data.train_split else data.val_limit)) for n, s in sets.items()}
+
+    def output(self, split: str, image_id: str, suffix: str) -> Path:
+        """The file of an image."""
+        return output(self.folder, split, image_id, suffix)
+
+    def make(self, suffix: str, work: Callable[[EvalSample, str, Dataset], Callable[[IO], None] | None]) -> None:
+        """Make the file of every image that has none; a collective call.
+
+        Args:
+            suffix: ".png" or ".npz".
+            work: (sample, split, data set) -> what writes the content into an open file, or None for an image without.
+        Raises:
+            UserError: on every rank, if any of them met one.
+        """
+        for split, (dataset, rows) in self.splits().items():
+            error: UserError | None = None
+            try:
+                self._make_split(split, dataset, rows, suffix, work)
+            except UserError as caught:
+                error = caught
+            messages = [m for m in dist.all_gather_object(error and str(error)) if m]
+            if messages:
+                raise error or UserError(messages[0])
+
+    def _make_split(self, split: str, dataset: Dataset, rows: np.ndarray, suffix: str, work: Callable) -> None:
+        mine = [int(r) for r in rows[dist.rank() :: dist.world_size()]]
+        todo = [r for r in mine if not self.output(split, dataset.id(r), suffix).is_file()]
+        if len(todo) < len(mine):
+            self.say(f"{self.name}, {split}: {len(mine) - len(todo)} of {len(mine)} images are there already")
+        loader = build_inference_loader(dataset, self.config.data, np.array(todo, dtype=np.int64))
+        left_out, start = 0, time.perf_counter()
+        for number, sample in enumerate(loader, start=1):
+            write = work(sample, split, dataset)
+            if write is None:
+                left_out += 1
+            else:
+                _write(self.output(split, sample.id, suffix), write)
+            if number * 4 // len(todo) > (number - 1) * 4 // len(todo):
+                self.say(f"{self.name}, {split}: image {number}/{len(todo)}, {time.perf_counter() - start:.0f} s")
+        if left_out:
+            self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
+
+
+def output(folder: Path, split: str, image_id: str, suffix: str) -> Path:
+    """The file that a stage made of an image."""
+    return folder / "out" / split / f"{image_id}{suffix}"
+
+
+def _write(path: Path, write: Callable[[IO], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        write(file)
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+def views(image: Tensor, scales: list[float]) -> Iterator[Tensor]:
+    """Image [3, H, W] uint8 -> [2, 3, h, w] normalised, itself and its mirror image, for each scale."""
+    own = image.to(dist.device()).float()[None]
+    for scale in scales:
+        x = normalise(rescaled(own, scale).clamp(0, 255).round())
+        yield torch.cat([x, x.flip(-1)])
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@dataclass
+class Scores:
+    """Scores of the classes of an image: classes [K] int64 in 0..C-1, maps [K, H, W] float32, small [K, h, w] or None.
+
+    `small` is on the grid of stride 4.
+    """
+
+    classes: Tensor
+    maps: Tensor
+    small: Tensor | None = None
+
+
+def scores_writer(scores: Scores) -> Callable[[IO], None]:
+    """What writes an .npz of `labels` int16 [K], `full` float16 [K, H, W] and, where there is one, `s4`."""
+    arrays = {"labels": scores.classes.cpu().numpy().astype(np.int16), "full": _half(scores.maps)}
+    if scores.small is not None:
+        arrays["s4"] = _half(scores.small)
+    return lambda file: np.savez_compressed(file, **arrays)
+
+
+def png_writer(picture: Tensor) -> Callable[[IO], None]:
+    """What writes [H, W] values of 0..255 as an 8-bit PNG."""
+    array = picture.to(torch.uint8).cpu().numpy()
+    return lambda file: Image.fromarray(array).save(file, "PNG")
+
+
+def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], num_classes: int) -> Scores | None:
+    """What `scores_writer` wrote of an image of the given size; None for an image without a file.
+
+    Raises:
+        UserError: damaged, of another size, or of other classes; names the file and the stage that makes it.
+    """
+    path = output(folder, split, image_id, ".npz")
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: torch.from_numpy(np.asarray(file[k])) for k in file.files}
+        scores = Scores(
+            arrays["labels"].long(), arrays["full"].float(), arrays["s4"].float() if "s4" in arrays else None
+        )
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds on damaged bytes, and all mean the same here
+        raise _unusable(path, folder, f"{type(error).__name__}: {error}") from None
+    _check_size(path, folder, tuple(scores.maps.shape[1:]), size)
+    if len(scores.classes) and not 0 <= int(scores.classes.min()) <= int(scores.classes.max()) < num_classes:
+        raise _unusable(path, folder, f"holds the classes {scores.classes.tolist()}, expected 0..{num_classes - 1}")
+    device = dist.device()
+    small = None if scores.small is None else scores.small.to(device)
+    return Scores(scores.classes.to(device), scores.maps.to(device), small)
+
+
+def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int]) -> Tensor:
+    """What `png_writer` wrote of an image of the given size, uint8 [H, W].
+
+    Raises:
+        UserError: missing, damaged or of another size; names the file and the stage that makes it.
+    """
+    path = output(folder, split, image_id, ".png")
+    try:
+        picture = read_channel(path, ("L",))
+    except DamagedImage as error:
+        raise _unusable(path, folder, error.reason) from None
+    _check_size(path, folder, picture.shape, size)
+    return torch.from_numpy(picture).to(dist.device())
+
+
+def _check_size(path: Path, folder: Path, found: tuple[int, ...], size: tuple[int, int]) -> None:
+    if tuple(found) != tuple(size):
+        raise _unusable(path, folder, f"is {found[0]} x {found[1]} (height x width), the image {size[0]} x {size[1]}")
+
+
+def _unusable(path: Path, folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"stage: {path} cannot be used: {reason}; delete it, with {folder / 'stage.json'}, and run the config again: "
+        f"the stage '{folder.name}' makes it"
+    )
+
+
+def _half(maps: Tensor) -> np.ndarray:
+    return maps.cpu().numpy().astype(np.float16)

@@ -1,0 +1,64 @@
+"""The final prediction of a trained segmentation network: multi-scale, with mirror images, and a dense CRF.
+
+out/<split>/<id>.png: 0 background, 1..C classes, without any tag. Source: P-NOC (arXiv 2305.12522).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from wsss_dist import dist
+from wsss_dist.cam import upsample
+from wsss_dist.crf import CRFConfig, crf_labels
+from wsss_dist.data.batch import Batch, EvalSample
+from wsss_dist.errors import UserError
+from wsss_dist.schema import ConfigPath
+from wsss_dist.stages.base import Stage, StageConfig, png_writer, read_png, views
+from wsss_dist.stages.pseudo_masks import picture
+from wsss_dist.stages.scores import score_labels
+from wsss_dist.trained import load_trained
+
+__all__ = ["Config", "picture", "run"]
+
+
+class Config(StageConfig):
+    """Segmentation inference; the defaults are P-NOC's for VOC."""
+
+    network: ConfigPath  # folder of a training stage
+    scales: list[PositiveFloat] = Field([0.5, 1.0, 1.5, 2.0], min_length=1)  # each with its mirror image
+    fuse: Literal["mean", "voc", "coco"] = "mean"  # how the logits of the scales are merged
+    crf: CRFConfig | None = CRFConfig(spatial=(3.0, 1.0), bilateral=(67.0, 3.0, 4.0))
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Make the labels; returns kind "seg_crf", or "seg" without a CRF."""
+    cfg: Config = stage.config
+    (dataset, _), *_ = stage.splits().values()
+    _, method = load_trained(cfg.network, dataset.class_names)
+
+    @torch.no_grad()
+    def work(sample: EvalSample, *_: Any):
+        image = next(views(sample.image, [1.0]))[:1]
+        scales = {"cam_scales": [1.0], "seg_scales": cfg.scales, "fuse": cfg.fuse}
+        logits = method.predict(_batch(sample, image), **scales).logits
+        if logits is None:
+            raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no segmentation")
+        logits = upsample(logits.float(), tuple(sample.image.shape[-2:]))[0]
+        return png_writer(logits.argmax(0) if cfg.crf is None else crf_labels(logits, sample.image, cfg.crf))
+
+    stage.make(".png", work)
+    return score_labels(stage, lambda *key: read_png(stage.folder, *key), "seg" if cfg.crf is None else "seg_crf")
+
+
+def _batch(sample: EvalSample, image: torch.Tensor) -> Batch:
+    device, size = dist.device(), image.shape[-2:]
+    return Batch(
+        images=image,
+        labels=sample.labels[None].to(device),
+        boxes=torch.tensor([[0, size[0], 0, size[1]]], device=device),
+        ids=[sample.id],
+        flipped=torch.zeros(1, dtype=torch.bool, device=device),
+    )

@@ -1,0 +1,91 @@
+"""A method with the weights of a finished run, for what comes after training.
+
+A run exports `model.safetensors`: the weights of its newest checkpoint with the names of its classes, so that who reads
+them later can tell whether they are the right ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from wsss_dist import dist
+from wsss_dist.checkpoint import newest_weights
+from wsss_dist.config import RunConfig, load_config
+from wsss_dist.engine import WEIGHTS
+from wsss_dist.errors import UserError
+from wsss_dist.methods import load_method
+from wsss_dist.methods.base import BaseMethod
+from wsss_dist.schema import StrictModel
+
+
+def export_weights(run_dir: Path, class_names: list[str]) -> Path:
+    """Write run_dir/model.safetensors from the newest good checkpoint; on rank 0 alone.
+
+    Raises:
+        UserError: there is no good checkpoint.
+    """
+    source, path = newest_weights(run_dir), run_dir / WEIGHTS
+    partial = path.with_suffix(".partial")
+    save_file(load_file(source), partial, metadata={"classes": json.dumps(class_names)})
+    partial.replace(path)
+    return path
+
+
+def check_classes(path: Path, class_names: list[str]) -> None:
+    """Hold that exported weights belong to these classes; a file that names none passes.
+
+    Raises:
+        UserError: they are of other classes, or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            known = json.loads((file.metadata() or {}).get("classes", "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"weights file {path} cannot be read ({error}); run the stage that makes it again") from None
+    if known is not None and known != class_names:
+        differ = [f"{a!r} there, {b!r} here" for a, b in zip(known, class_names, strict=False) if a != b]
+        found = differ[0] if differ else f"{len(known)} there, {len(class_names)} here"
+        raise UserError(
+            f"weights file {path} was trained on other classes ({found}); expected the same names in the same order: "
+            "correct data.classes, or train again"
+        )
+
+
+def load_trained(run_dir: Path, class_names: list[str]) -> tuple[RunConfig, BaseMethod]:
+    """Config and method of a finished run, in evaluation mode on this rank's device.
+
+    Args:
+        run_dir: folder with config.yaml and model.safetensors.
+        class_names: what the method has to tell apart.
+    Raises:
+        UserError: the run is not finished, or was trained on other classes.
+    """
+    for name in ("config.yaml", WEIGHTS):
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"stage: {run_dir / name} is missing; run the stage '{run_dir.name}', which makes it, first"
+            )
+    check_classes(run_dir / WEIGHTS, class_names)
+    cfg = load_config(run_dir / "config.yaml")
+    method = load_method(cfg.method_name).Method(without_weights(cfg.method), len(class_names), cfg.train.steps)
+    try:
+        method.load_state_dict(load_file(run_dir / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"weights file {run_dir / WEIGHTS} does not fit {run_dir / 'config.yaml'} "
+            f"({str(error).splitlines()[-1].strip()}); run the stage '{run_dir.name}' again"
+        ) from None
+    method.after_load()
+    return cfg, method.to(dist.device()).eval()
+
+
+def without_weights(method: StrictModel) -> StrictModel:
+    """The config of a method whose backbone starts from nothing: a checkpoint overwrites it."""
+    backbone = getattr(method, "backbone", None)
+    if getattr(backbone, "weights", None) is None:
+        return method
+    return method.model_copy(update={"backbone": backbone.model_copy(update={"weights": None})})

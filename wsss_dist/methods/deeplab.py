@@ -26,6 +26,7 @@ class Config(StrictModel):
     """DeepLabV3+ as P-NOC trains it."""
 
     backbone: ResNetConfig = ResNetConfig()
+    width: int = Field(256, ge=4, multiple_of=4)  # channels of the pyramid and of the decoder
     label_smoothing: float = Field(0.1, ge=0, lt=1)  # eps: (1 - eps) one-hot + eps / K
 
     def check_run(self, run: object) -> None:
@@ -41,7 +42,8 @@ class Method(BaseMethod):
         self.cfg = cfg
         self.backbone = build_pyramid(cfg.backbone)
         self.patch_size = cfg.backbone.output_stride
-        self.decoder = DeepLabDecoder(self.backbone.channels[1], self.backbone.channels[4], num_classes + 1)
+        low, high = self.backbone.channels[1], self.backbone.channels[4]
+        self.decoder = DeepLabDecoder(low, high, num_classes + 1, cfg.width)
 
     @property
     def weights_note(self) -> str | None:

@@ -22,16 +22,17 @@ class DeepLabDecoder(nn.Module):
         low_dim: D1.
         high_dim: D4.
         num_outputs: K.
+        width: channels of the pyramid and of the decoder, a multiple of 4.
     """
 
-    def __init__(self, low_dim: int, high_dim: int, num_outputs: int):
+    def __init__(self, low_dim: int, high_dim: int, num_outputs: int, width: int = WIDTH):
         super().__init__()
-        self.aspp = Aspp(high_dim)
+        self.aspp = Aspp(high_dim, width)
         self.reduce = _unit(low_dim, LOW, 1)
         self.fuse = nn.Sequential(
-            _unit(WIDTH + LOW, WIDTH, 3), nn.Dropout(0.5), _unit(WIDTH, WIDTH, 3), nn.Dropout(0.1)
+            _unit(width + LOW, width, 3), nn.Dropout(0.5), _unit(width, width, 3), nn.Dropout(0.1)
         )
-        self.score = nn.Conv2d(WIDTH, num_outputs, 1)
+        self.score = nn.Conv2d(width, num_outputs, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -45,13 +46,13 @@ class DeepLabDecoder(nn.Module):
 
 
 class Aspp(nn.Module):
-    """Atrous spatial pyramid pooling: [B, D, h, w] -> [B, 256, h, w]."""
+    """Atrous spatial pyramid pooling: [B, D, h, w] -> [B, width, h, w]."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, width: int = WIDTH):
         super().__init__()
-        self.branches = nn.ModuleList([_unit(dim, WIDTH, 1), *(_unit(dim, WIDTH, 3, rate) for rate in RATES)])
-        self.image = _unit(dim, WIDTH, 1)
-        self.project = nn.Sequential(_unit(WIDTH * (len(RATES) + 2), WIDTH, 1), nn.Dropout(0.5))
+        self.branches = nn.ModuleList([_unit(dim, width, 1), *(_unit(dim, width, 3, rate) for rate in RATES)])
+        self.image = _unit(dim, width, 1)
+        self.project = nn.Sequential(_unit(width * (len(RATES) + 2), width, 1), nn.Dropout(0.5))
 
     def forward(self, features: Tensor) -> Tensor:
         maps = [branch(features) for branch in self.branches]

@@ -1,8 +1,8 @@
 """What every stage that makes one file per image shares: which images, which rank, what is there already.
 
-The images of a stage are those of the training split and of data.eval_splits (of these data.val_limit, as in an
-evaluation). Image i of a split is made by rank i mod ranks. A file that is there is whole, since it is written under
-another name first: a stage that was killed goes on with the images that are missing.
+The images of a stage are those of its splits, by default the training split and data.eval_splits (of the latter
+data.val_limit, as in an evaluation). Image i of a split is made by rank i mod ranks. A file that is there is whole,
+since it is written under another name first: a stage that was killed goes on with the images that are missing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class StageConfig(StrictModel):
     """What every kind has."""
 
     data: DataConfig
+    splits: list[str] | None = None  # null: the training split and data.eval_splits
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Stage:
     def splits(self) -> dict[str, tuple[Dataset, np.ndarray]]:
         """Split -> data set and the positions of its images that count, int64."""
         data = self.config.data
-        names = dict.fromkeys([data.train_split, *data.eval_splits])
+        names = dict.fromkeys(self.config.splits or [data.train_split, *data.eval_splits])
         sets = {name: build_dataset(data, name) for name in names}
         return {n: (s, chosen_rows(s, None if n == data.train_split else data.val_limit)) for n, s in sets.items()}
 

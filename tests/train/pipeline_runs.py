@@ -1,0 +1,73 @@
+"""A multi-stage run of P-NOC, every stage, on pictures of 64 x 64 with networks that learn nothing in two steps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wsss_dist.pipeline import Pipeline
+
+NET = {"name": "resnet18", "weights": None}
+FIXED = {**NET, "norm": "fix"}
+
+
+def values(root: Path, folder: Path) -> dict[str, Any]:
+    """The sections of the config file."""
+
+    def maps(name: str, stage: str, kind: str) -> dict:
+        return {"maps": {name: {"dir": f"${{{stage}}}/out/train", "kind": kind, "made_by": f"stage {stage}"}}}
+
+    second = {"backbone": FIXED, "weights": "${classifier}/model.safetensors"}
+    crf = {"iterations": 2}
+    return {
+        "run": {"name": "chain", "dir": str(folder), "seed": 3},
+        "data": {"format": "coco", "root": str(root), "eval_splits": ["val"], "crop": 64, "augment": "squash"}
+        | {"num_workers": 0, "untagged": "drop"},
+        "optim": {"lr": 1e-3, "warmup_steps": 0},
+        "train": {"steps": 3, "global_batch": 2, "micro_batch": 2, "engine": "plain", "save_every": 1},
+        "report": {"num_images": 2},
+        "stages": {
+            "classifier": {"kind": "train", "method": {"name": "pnoc", "variant": "plain", "backbone": NET}},
+            "cam_network": {"kind": "train", "method": {"name": "pnoc", "backbone": NET, "second": second}},
+            "cams": {"kind": "cams", "network": "${cam_network}", "scales": [1.0, 0.5]},
+            "saliency_network": {
+                "kind": "train",
+                "method": {"name": "c2am", "backbone": NET},
+                "data": maps("hint", "cams", "scores"),
+            },
+            "saliency": {"kind": "saliency", "network": "${saliency_network}", "scales": [1.0], "crf": crf},
+            "refiner": {
+                "kind": "train",
+                "method": {"name": "poolnet", "backbone": {**NET, "width": 0.125}},
+                "data": maps("saliency", "saliency", "grey"),
+            },
+            "refined": {"kind": "saliency", "network": "${refiner}", "scales": [1.0], "mirror": False}
+            | {"peak": False, "threshold": None, "crf": None},
+            "labels": {"kind": "affinity_labels", "cams": "${cams}", "saliency": "${refined}", "crf": crf},
+            "affinity": {
+                "kind": "train",
+                "method": {"name": "affinity", "backbone": {**FIXED, "frozen_stages": 5}, "radius": 4},
+                "data": maps("labels", "labels", "labels"),
+            },
+            "walk": {"kind": "random_walk", "network": "${affinity}", "cams": "${cams}", "canvas": 64},
+            "masks": {"kind": "pseudo_masks", "scores": "${walk}"},
+            "deeplab": {
+                "kind": "train",
+                "method": {"name": "deeplab", "backbone": NET, "width": 16},
+                "data": maps("labels", "masks", "labels"),
+            },
+            "segmentation": {"kind": "segmentation", "network": "${deeplab}", "scales": [1.0], "splits": ["val"]},
+        },
+    }
+
+
+def start(config: dict[str, Any], only: str | None = None) -> int:
+    """Run it on this rank."""
+    return Pipeline(config).start(only)
+
+
+if __name__ == "__main__":  # a process that a test kills
+    sys.exit(start(yaml.safe_load(Path(sys.argv[1]).read_text())))

@@ -170,22 +170,40 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 def read_config(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     """The sections of a config file, overridden but not checked.
 
+    `base: FILE` in the file names another config, whose keys it changes: mappings are merged key by key.
+
     Args:
         path: file name, looked up as `find_config` does.
         overrides: settings "section.key=value", applied in order.
     Raises:
         UserError: no such file, no YAML, or a setting that is none.
     """
-    path = find_config(path)
+    values = _read_file(find_config(path))
+    for setting in overrides:
+        _override(values, setting)
+    return values
+
+
+def merged(base: Any, own: Any) -> Any:
+    """Two nested values: mappings are merged key by key, and `own` wins."""
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    return {**base, **{k: merged(base[k], v) if k in base else v for k, v in own.items()}}
+
+
+def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: cannot read {path} ({error}); expected a text file in UTF-8: correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"config: {path} must hold sections (run, method, data, optim, train), found {values!r}")
-    for setting in overrides:
-        _override(values, setting)
-    return values
+    if "base" not in values:
+        return values
+    base = find_config(str(values.pop("base")))
+    if base.resolve() in (p.resolve() for p in (*above, path)):
+        raise UserError(f"config: {path} has the 'base' {base}, which leads back to it; name another file")
+    return merged(_read_file(base, (*above, path)), values)
 
 
 def parse_config(values: dict) -> RunConfig:
@@ -232,6 +250,11 @@ def check(cfg: RunConfig) -> None:
         raise UserError(
             f"config: 'train.global_batch' ({train.global_batch}) is no multiple of 'train.micro_batch' "
             f"({train.micro_batch}); change the micro batch, the global batch is part of the recipe"
+        )
+    if cfg.data.augment == "native" and train.micro_batch != 1:
+        raise UserError(
+            f"config: 'data.augment' is native, which gives images of many sizes, but 'train.micro_batch' is "
+            f"{train.micro_batch}; set it to 1 (train.global_batch says how many make a step)"
         )
     if train.engine == "plain":
         for key, used in (("train.zero_stage", train.zero_stage), ("deepspeed", cfg.deepspeed)):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss_dist import dist
-from wsss_dist.config import RunConfig, RunSection, parse_config
+from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.pipeline_report import build_pipeline_report, scores_text
@@ -90,19 +90,19 @@ class Pipeline:
         if not isinstance(section, dict) or section.get("kind") not in kinds:
             found = section.get("kind") if isinstance(section, dict) else section
             raise UserError(f"config: '{where}.kind' is {found!r}; expected one of {', '.join(kinds)}")
-        merged = {**section, **_sections(section, common)}
-        inputs = sorted(set(_references(merged)))
+        section = {**section, **_sections(section, common)}
+        inputs = sorted(set(_references(section)))
         for other in inputs:
             if other not in self.entries:
                 known = f"stages before it: {', '.join(self.entries) or 'none'}"
                 raise UserError(f"config: '{where}' refers to ${{{other}}}, which is no earlier stage; {known}")
-        resolved = _resolved({k: v for k, v in merged.items() if k != "kind"}, self.folder)
+        resolved = _resolved({k: v for k, v in section.items() if k != "kind"}, self.folder)
         try:
             config = self._parse(name, section["kind"], resolved)
         except UserError as error:
             lines = str(error).splitlines()
             raise UserError("\n".join(f"stage '{name}': {line}" for line in lines)) from None
-        return Entry(name, section["kind"], merged, inputs, self.folder / name, config)
+        return Entry(name, section["kind"], section, inputs, self.folder / name, config)
 
     def _parse(self, name: str, kind: str, section: dict[str, Any]) -> RunConfig | StrictModel:
         if kind == "train":
@@ -183,15 +183,8 @@ def _sections(section: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]
             shared = common[key]
             if key == "data" and section["kind"] == "train" and isinstance(shared, dict):
                 shared = {**shared, "eval_splits": []}
-            out[key] = _merged(shared, section.get(key, {}))
+            out[key] = merged(shared, section.get(key, {}))
     return out
-
-
-def _merged(common: Any, own: Any) -> Any:
-    """Two values: mappings are merged key by key, and what the stage says wins."""
-    if not (isinstance(common, dict) and isinstance(own, dict)):
-        return own
-    return {**common, **{k: _merged(common[k], v) if k in common else v for k, v in own.items()}}
 
 
 def _references(value: Any) -> list[str]:

@@ -35,7 +35,7 @@ _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "op
 
 
 # keys of the method that say where something lies: a checkpoint holds the weights itself
-_PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.second.weights")
+_PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.second.weights", "method.start")
 # keys that the meaning of a step number depends on
 _FIXED = ("train.steps", "train.global_batch", "run.seed")
 # keys of the data section that no training step depends on

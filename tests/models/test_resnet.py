@@ -280,3 +280,34 @@ def test_another_structure_in_timm_is_noticed(monkeypatch, name, change, reason)
     monkeypatch.setattr(resnet, "create_backbone", other)
     with torch.device("meta"), pytest.raises(UserError, match=f"timm {timm.__version__}.*{reason}"):
         make(name)
+
+
+@pytest.mark.parametrize("name", ["resnest14d", "resnet18"])
+def test_recomputed_blocks_change_nothing(name):
+    """Outputs, gradients and running statistics, to the last bit but for the order of sums."""
+    torch.manual_seed(1)
+    x, results = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
+    for recompute in (False, True):
+        network = shake(make(name, recompute=recompute).double()).train()
+        taps = network(x)
+        sum(t.square().mean() for t in taps).backward()
+        results.append((taps, [p.grad for p in network.parameters()], list(network.buffers())))
+    for plain, again in zip(*results, strict=True):
+        for a, b in zip(plain, again, strict=True):
+            close(a, b)
+
+
+def test_recomputed_blocks_keep_fewer_activations():
+    kept = []
+    for recompute in (False, True):
+        network, total = make("resnest14d", recompute=recompute).train(), 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            network(torch.randn(2, 3, 64, 64))
+        kept.append(total)
+    assert kept[1] < 0.5 * kept[0]

@@ -45,8 +45,8 @@ class DataConfig(StrictModel):
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
     # crop: scale, flip, pad, crop; squash: resize to a square without keeping the aspect, flip, crop; long_side: as
-    # crop, but resized to a random length of the long side
-    augment: Literal["crop", "squash", "long_side"] = "crop"
+    # crop, but resized to a random length of the long side; native: flip alone, which needs train.micro_batch: 1
+    augment: Literal["crop", "squash", "long_side", "native"] = "crop"
     # range of that length in pixels; of augment "long_side" alone
     long_side: tuple[int, int] | None = None
     # side of the square of augment "squash"; null: crop, so that nothing is cut off
@@ -137,5 +137,5 @@ class DataConfig(StrictModel):
     @property
     def fixed_views(self) -> bool:
         """Does training see each image in two views alone, as it is and mirrored?"""
-        whole = self.augment == "squash" and self.squash_size in (None, self.crop)
+        whole = self.augment == "native" or (self.augment == "squash" and self.squash_size in (None, self.crop))
         return whole and not (self.photometric or self.jitter or self.rand_augment)

@@ -67,10 +67,11 @@ def augment(
 
     1. Resize. "crop": by a factor U(scale) to int(f W) x int(f H), bilinear; "long_side": so that the long side has
        U{low..high} pixels and the other its share, rounded, bicubic; "squash": to a square of squash_size, bilinear.
-       All are antialiased and 8 bits deep.
+       All are antialiased and 8 bits deep. "native": not at all.
     2. Mirror with p = 0.5.
     3. Colour jitter, then RandAugment, where configured.
-    4. Pad with black to at least S a side with the image at a uniform place, crop S x S at a uniform place.
+    4. Pad with black to at least S a side with the image at a uniform place, crop S x S at a uniform place; not with
+       "native".
     5. The photometric changes, where configured.
 
     Maps go through 1, 2 and 4: class labels by the nearest pixel and padded with 255, other maps bilinearly and padded
@@ -84,7 +85,7 @@ def augment(
     """
     size = _resized(image.shape[:2], cfg, rng)
     flipped = bool(rng.random() < 0.5) and cfg.flip
-    window = _window(size, cfg.crop, rng)
+    window = _whole(size) if cfg.augment == "native" else _window(size, (cfg.crop, cfg.crop), rng)
     mode = InterpolationMode.BICUBIC if cfg.augment == "long_side" else InterpolationMode.BILINEAR
     picture = _placed(torch.from_numpy(image).permute(2, 0, 1), size, mode, flipped)
     if cfg.jitter or cfg.rand_augment:
@@ -93,7 +94,7 @@ def augment(
             picture = _jitter(picture, cfg.jitter, for_jitter)
         if cfg.rand_augment:
             picture = rand_augment(picture, cfg.rand_augment.n, cfg.rand_augment.m, for_operations)
-    picture = _cut(picture, window, cfg.crop, 0)
+    picture = _cut(picture, window, 0)
     if cfg.photometric:
         picture = _photometric(picture, rng)
     moved = {}
@@ -102,12 +103,14 @@ def augment(
         # nearest-exact has half-pixel centres, as the other filters have
         mode = InterpolationMode.NEAREST_EXACT if kind == "labels" else InterpolationMode.BILINEAR
         values = _placed(torch.from_numpy(values)[None], size, mode, flipped)
-        moved[name] = _cut(values, window, cfg.crop, PADDING[kind])[0]
+        moved[name] = _cut(values, window, PADDING[kind])[0]
     return Augmented(picture.contiguous(), window.box, flipped, moved)
 
 
 def _resized(size: tuple[int, int], cfg: DataConfig, rng: np.random.Generator) -> tuple[int, int]:
     """Height and width of the picture before the crop."""
+    if cfg.augment == "native":
+        return size
     if cfg.augment == "squash":
         return (cfg.squash_size or cfg.crop,) * 2
     if cfg.augment == "crop":
@@ -126,28 +129,34 @@ def _placed(values: Tensor, size: tuple[int, int], mode: InterpolationMode, flip
 
 @dataclass
 class _Window:
-    """The part (y0, y1, x0, x1) of the picture that is seen, and the box of the crop where it lies."""
+    """The part (y0, y1, x0, x1) of the picture that is seen, the box of the crop where it lies, the crop's size."""
 
     source: tuple[int, int, int, int]
     box: tuple[int, int, int, int]
+    crop: tuple[int, int]
 
 
-def _window(size: tuple[int, int], side: int, rng: np.random.Generator) -> _Window:
-    """Pad to at least side x side, crop side x side; both at uniform integer places."""
+def _whole(size: tuple[int, int]) -> _Window:
+    box = (0, size[0], 0, size[1])
+    return _Window(box, box, size)
+
+
+def _window(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> _Window:
+    """Pad to at least the size of the crop, then crop; both at uniform integer places."""
     source, box = [], []
-    for length in size:
+    for length, side in zip(size, crop, strict=True):
         room = max(side, length) - length
         placed = int(rng.integers(0, room + 1))
         start = int(rng.integers(0, max(side, length) - side + 1))
         begin, end = max(placed - start, 0), min(placed + length - start, side)
         box += [begin, end]
         source += [begin + start - placed, end + start - placed]
-    return _Window(tuple(source), tuple(box))
+    return _Window(tuple(source), tuple(box), crop)
 
 
-def _cut(values: Tensor, window: _Window, side: int, fill: int) -> Tensor:
-    """[channels, H, W] to [channels, side, side], `fill` where the window is outside the picture."""
-    out = values.new_full((len(values), side, side), fill)
+def _cut(values: Tensor, window: _Window, fill: int) -> Tensor:
+    """[channels, H, W] to [channels, *window.crop], `fill` where the window is outside the picture."""
+    out = values.new_full((len(values), *window.crop), fill)
     (sy0, sy1, sx0, sx1), (y0, y1, x0, x1) = window.source, window.box
     out[:, y0:y1, x0:x1] = values[:, sy0:sy1, sx0:sx1]
     return out

@@ -68,6 +68,8 @@ class Config(StrictModel):
 
     variant: Literal["plain", "puzzle", "oc_cse", "p_oc", "p_noc"] = "p_noc"
     backbone: ResNetConfig = ResNetConfig()
+    # a finished run with this backbone that the generator goes on from; null: the backbone's own weights, as published
+    start: ConfigPath | None = None
     second: SecondConfig | None = None
     label_smoothing: float = Field(0.1, ge=0, lt=1)  # eps: targets (1 - eps) y + eps / 2
     puzzle: RampConfig = RampConfig(start=0.0, end=4.0, share=0.5)  # alpha, weight of |A - A'|
@@ -130,6 +132,8 @@ class Method(BaseMethod):
         self.cfg, self.train_steps = cfg, train_steps
         self.generator = CamNetwork(cfg.backbone, num_classes)
         self.patch_size = cfg.backbone.output_stride
+        if cfg.start is not None:
+            load_part(self.generator, cfg.start, "generator.", "method.start")
         self.second = None
         if cfg.second is not None:
             self.second = CamNetwork(cfg.second.backbone, num_classes)
@@ -143,8 +147,9 @@ class Method(BaseMethod):
         return self.generator.backbone.weights_note
 
     def trained_weights(self) -> list[Path]:
-        """The second classifier's."""
-        return [] if self.cfg.second is None else [self.cfg.second.weights]
+        """The start of the generator, and the second classifier."""
+        second = None if self.cfg.second is None else self.cfg.second.weights
+        return [path for path in (self.cfg.start, second) if path is not None]
 
     def param_groups(self) -> list[dict]:
         """Those of the generator, and in "p_noc" those of the second classifier."""

@@ -1,10 +1,14 @@
-"""Normalisation layers."""
+"""Normalisation layers, and blocks whose activations are computed again in the backward pass."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.nn.functional as F
 from timm.layers import norm_act
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -13,13 +17,34 @@ class BatchNorm2d(nn.BatchNorm2d):
     DeepSpeed's bf16 mode casts the weights, and the engine keeps the statistics in fp32; torch refuses this mixture.
     """
 
+    again = False  # in a second forward pass on the same input, which must not move the statistics a second time
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.num_batches_tracked.add_(1)
         weight, bias = self.weight.to(self.running_mean), self.bias.to(self.running_mean)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
-        )
+        mean, var = self.running_mean, self.running_var
+        if self.training and BatchNorm2d.again:
+            mean, var = mean.clone(), var.clone()
+        elif self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), whose inner activations are not kept but computed again in the backward pass, with the same result."""
+    return checkpoint(block, x, use_reentrant=False, context_fn=_twice)
+
+
+def _twice() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _second_pass()
+
+
+@contextmanager
+def _second_pass() -> Iterator[None]:
+    BatchNorm2d.again = True
+    try:
+        yield
+    finally:
+        BatchNorm2d.again = False
 
 
 class BatchNormAct2d(norm_act.BatchNormAct2d):

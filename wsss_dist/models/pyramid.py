@@ -38,6 +38,8 @@ class Pyramid(nn.Module):
 
     def __init__(self, cfg: ResNetConfig):
         super().__init__()
+        if cfg.recompute:
+            raise UserError(f"config: 'method.backbone.recompute' is for ResNets, not for {cfg.name!r}; remove it")
         self.cfg = cfg
         try:
             self.body = create_backbone(cfg.name, cfg.weights, output_stride=cfg.output_stride, features_only=True)
@@ -82,7 +84,8 @@ class Pyramid(nn.Module):
         """The layers up to the end of the last frozen level; a network lists its layers in their order."""
         if not self.cfg.frozen_stages:
             return []
-        layers = [(name, m) for name, m in self.body.named_modules() if not any(m.children())]
+        # a norm with an activation inside is a layer too
+        layers = [(n, m) for n, m in self.body.named_modules() if not any(m.children()) or m._parameters]
         end = self.body.feature_info[self.cfg.frozen_stages - 1]["module"]
         last = max(i for i, (name, _) in enumerate(layers) if f"{name}.".startswith(f"{end}."))
         return [m for _, m in layers[: last + 1]]

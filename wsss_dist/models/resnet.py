@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import timm
+import torch
 from pydantic import Field
 from timm.layers import AvgPool2dSame, SplitAttn
 from timm.models.resnest import ResNestBottleneck
@@ -19,7 +20,7 @@ from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
 from wsss_dist.errors import UserError
-from wsss_dist.models.norms import BatchNorm2d
+from wsss_dist.models.norms import BatchNorm2d, recomputed
 from wsss_dist.models.pretrained import create_backbone, weights_note
 from wsss_dist.schema import StrictModel
 
@@ -37,6 +38,8 @@ class ResNetConfig(StrictModel):
     norm: Literal["normal", "fix"] = "normal"  # fix: BatchNorm uses stored statistics, its scale and bias are frozen
     # so many of the five levels, the stem first, are not trained, and their BatchNorm uses stored statistics
     frozen_stages: int = Field(0, ge=0, le=5)
+    # keep no activations inside the blocks but compute them again in the backward pass: less memory, a third more time
+    recompute: bool = False
 
 
 class ResNet(nn.Module):
@@ -89,9 +92,16 @@ class ResNet(nn.Module):
         x = self.pool(self.stem(images))
         taps = [x]
         for layer in self.layers:
-            x = layer(x)
+            x = self._level(layer, x)
             taps.append(x)
         return tuple(taps)
+
+    def _level(self, layer: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.cfg.recompute and torch.is_grad_enabled()):
+            return layer(x)
+        for block in layer:
+            x = recomputed(block, x)
+        return x
 
     def train(self, mode: bool = True) -> ResNet:
         """Training mode for what is trained; BatchNorm with stored statistics stays in evaluation mode."""
@@ -101,7 +111,8 @@ class ResNet(nn.Module):
         return self
 
     def _frozen(self) -> list[nn.Module]:
-        return [self.stem, *self.layers][: self.cfg.frozen_stages]
+        levels = [self.stem, *self.layers]
+        return list(self.children()) if self.cfg.frozen_stages == len(levels) else levels[: self.cfg.frozen_stages]
 
     def _fixed_norms(self) -> list[nn.Module]:
         fix = self.cfg.norm == "fix"

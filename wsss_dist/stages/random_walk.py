@@ -56,6 +56,11 @@ def run(stage: Stage) -> dict[str, Any]:
         if scores.small is None:
             raise UserError(f"stage '{stage.name}': '{cfg.cams.name}' has no maps of stride 4; expected kind cams")
         edge = edges(method, next(views(sample.image, [1.0])), cfg.canvas)
+        if not edge.isfinite().all():
+            raise UserError(
+                f"stage '{stage.name}': the edges that '{cfg.network.name}' gives for image {sample.id} are not finite; "
+                "its training went wrong: lower its optim.lr"
+            )
         return scores_writer(Scores(scores.classes, walk(scores.small, edge, size, cfg)))
 
     stage.make(".npz", work)

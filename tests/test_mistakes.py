@@ -103,6 +103,8 @@ CONFIG = [
      "'labels', 'grey' or 'scores'"),
     ("turned the image under its maps", train("data.maps={hint: {dir: x, kind: grey}}", "data.rand_augment={n: 2}"),
      "'data.maps' is .*data.rand_augment", "remove one of the two"),
+    ("batched images of many sizes", train("data.augment=native"), "'data.augment' is native.*'train.micro_batch' is 2",
+     "set it to 1"),
     ("cropped less than a patch", train("data.crop=8"), "'data.crop' is 8", "raise it to 16"),
     ("evaluates at less than a patch", train("eval.cam_scales=[1.0, 0.25]"),
      "'eval.size' is 32 pixels .at the smallest scale 8.", "raise it to 64"),

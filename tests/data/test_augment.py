@@ -53,6 +53,20 @@ def test_long_side_resizes_as_pillow_does():
     assert np.abs(ours.astype(int) - pillow).max() <= 1
 
 
+def test_native_mirrors_alone_and_maps_follow():
+    image = noise(9, 14)
+    maps = {"labels": np.arange(126, dtype=np.uint8).reshape(9, 14)}
+    cfg = sets.config("unused", augment="native", maps={"labels": {"dir": "x", "kind": "labels"}})
+    seen = set()
+    for k in range(20):
+        sample = augment(image, cfg, sample_generator(0, k, 0), maps)
+        expected = image[:, ::-1] if sample.flipped else image
+        assert (sample.image.permute(1, 2, 0).numpy() == expected).all() and sample.box == (0, 9, 0, 14)
+        assert (sample.maps["labels"].numpy() == (maps["labels"][:, ::-1] if sample.flipped else maps["labels"])).all()
+        seen.add(sample.flipped)
+    assert seen == {False, True} and cfg.fixed_views
+
+
 def test_squash_size_crops_a_part_of_the_square():
     cfg = sets.config("unused", crop=16, augment="squash", squash_size=20)
     image = noise(20, 20)

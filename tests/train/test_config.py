@@ -9,10 +9,11 @@ import yaml
 
 import wsss_dist.config
 from tests.train import tiny
-from wsss_dist.config import CONFIGS, check_world, load_config, parse_config
+from wsss_dist.config import CONFIGS, check_world, load_config, parse_config, read_config
 from wsss_dist.ds_config import ds_config
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
+from wsss_dist.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +42,34 @@ def test_overrides_yaml_floats_and_round_trip(tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load_and_are_found_by_name(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = load_config(path.name)
-    assert parse_config(yaml.safe_load(cfg.to_yaml())) == cfg
+    values = read_config(path.name)
+    stages = Pipeline(values).entries.values() if "stages" in values else []
+    runs = [e.config for e in stages if e.kind == "train"] or [parse_config(values)]
+    for cfg in runs:
+        assert parse_config(yaml.safe_load(cfg.to_yaml())) == cfg
+
+
+def test_a_base_is_changed_key_by_key(tmp_path):
+    _write(tmp_path / "a.yaml", optim__lr=0.5, optim__eps=1e-6)
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path}/a.yaml\noptim: {{lr: 0.25}}\nrun: {{name: b}}\n")
+    (tmp_path / "c.yaml").write_text(f"base: {tmp_path}/b.yaml\noptim: {{eps: 1.0e-5}}\n")
+    first, last = load_config(tmp_path / "a.yaml"), load_config(tmp_path / "c.yaml", ["optim.weight_decay=0.5"])
+    assert (last.optim.lr, last.optim.eps, last.optim.weight_decay, last.run.name) == (0.25, 1e-5, 0.5, "b")
+    assert last.data == first.data and last.train == first.train
+
+
+def test_bases_in_a_circle_or_missing(tmp_path):
+    for name, other in (("a", "b"), ("b", "a"), ("c", "d")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path}/{other}.yaml\n")
+    with pytest.raises(UserError, match="b.yaml has the 'base' .*a.yaml, which leads back to it"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="no file '.*d.yaml'"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_key_may_override_one_of_an_anchor(tmp_path):
+    (tmp_path / "b.yaml").write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\n")
+    assert read_config(tmp_path / "b.yaml")["y"] == {"a": 1, "b": 3}
 
 
 MISTAKES = [

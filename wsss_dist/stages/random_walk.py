@@ -58,7 +58,7 @@ def run(stage: Stage) -> dict[str, Any]:
         edge = edges(method, next(views(sample.image, [1.0])), cfg.canvas)
         if not edge.isfinite().all():
             raise UserError(
-                f"stage '{stage.name}': the edges that '{cfg.network.name}' gives for image {sample.id} are not finite; "
+                f"stage '{stage.name}': '{cfg.network.name}' gives edges that are not finite for image {sample.id}; "
                 "its training went wrong: lower its optim.lr"
             )
         return scores_writer(Scores(scores.classes, walk(scores.small, edge, size, cfg)))

@@ -1,4 +1,5 @@
 # make quickstart   set up, prepare data and weights, train, evaluate, write the report
+# make quickstart-pnoc   the same with every stage of P-NOC
 # make test         set up, run the tests
 # make lint         set up, check the style
 # make bench        set up, time the operators (make bench OP=par ARGS='--plot par.png': one of them, with a plot)
@@ -10,8 +11,10 @@ PYTHON ?= python3
 VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 PY := $(VENV)/bin/python
 CORES := $(shell nproc 2>/dev/null || echo 2)
-# Tests work on tiny tensors and start processes of their own: more threads only get in each other's way.
+# Tests work on tiny tensors and start processes of their own: more threads only get in each other's way. Two processes
+# share the test files.
 TEST_THREADS ?= 2
+TEST_PROCESSES ?= 2
 # One process on a GPU; on a CPU one per core up to two, which is faster than threads. Both train on the same samples.
 RANKS ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ $(CORES) -lt 2 ]; then echo 1; else echo 2; fi)
 
@@ -24,7 +27,7 @@ RANGES = $(PY) -c 'import sys, tomllib; \
 	want = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
 	print(" ".join(r for r in want if r.startswith(sys.argv[1])))'
 
-.PHONY: setup quickstart test bench lint
+.PHONY: setup quickstart quickstart-pnoc test bench lint
 .NOTPARALLEL:
 
 setup: $(INSTALLED)
@@ -46,18 +49,23 @@ $(INSTALLED): $(DEPENDENCIES) $(NATIVE)
 	$(PY) -m pip install --no-build-isolation -e '.[test,quickstart]'
 	@touch $@
 
-quickstart: setup
+quickstart: CONFIG = quickstart.yaml
+quickstart: AFTER = python launch/report.py --run runs/quickstart
+quickstart-pnoc: CONFIG = quickstart_pnoc.yaml
+quickstart-pnoc: AFTER = true
+
+quickstart quickstart-pnoc: setup
 	@set -e; start=$$(date +%s); \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(RANKS) ))} PATH="$(abspath $(VENV))/bin:$$PATH"; \
 	python launch/prepare_data.py quickstart; \
 	prepared=$$(date +%s); \
-	deepspeed --num_gpus $(RANKS) launch/train.py --config quickstart.yaml; \
-	python launch/report.py --run runs/quickstart; \
+	deepspeed --num_gpus $(RANKS) launch/train.py --config $(CONFIG); \
+	$(AFTER); \
 	end=$$(date +%s); \
 	echo "data and weights: $$((prepared - start)) s; training, evaluation and report: $$((end - prepared)) s"
 
 test: setup
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest
+	@OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 bench: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m kernels.bench $(OP) $(ARGS)

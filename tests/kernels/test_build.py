@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,26 @@ def test_there_are_cuda_files():
     assert CUDA_FILES
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("path", CUDA_FILES, ids=lambda p: p.stem)
-def test_cuda_compiles_for_sm_90(path, tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """CUDA file -> the future of its compilation; they run side by side."""
+    folder = tmp_path_factory.mktemp("cuda")
     strict = ["-Werror", "all-warnings", "-Xptxas", "-v"]
     # COMMON_NVCC_FLAGS: what the build adds, such as no conversions of half types
     command = ["nvcc", "-std=c++17", "-arch=sm_90", "-O3", *COMMON_NVCC_FLAGS, *strict, f"-I{CSRC}"]
-    done = subprocess.run([*command, "-c", path, "-o", tmp_path / "out.o"], capture_output=True, text=True, check=False)
+
+    def run(path):
+        call = [*command, "-c", path, "-o", folder / f"{path.stem}.o"]
+        return subprocess.run(call, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {path: pool.submit(run, path) for path in CUDA_FILES}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("path", CUDA_FILES, ids=lambda p: p.stem)
+def test_cuda_compiles_for_sm_90(path, compiled):
+    done = compiled[path].result()
     assert done.returncode == 0, done.stderr
     assert " spill " not in done.stderr.replace("0 bytes spill stores, 0 bytes spill loads", ""), done.stderr
 

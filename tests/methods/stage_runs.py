@@ -13,7 +13,7 @@ from wsss_dist.engine import build_engine
 from wsss_dist.methods import load_method
 
 BACKBONE = {"name": "resnet18", "weights": None, "norm": "fix"}
-SIZE, SIDE = 4, 96
+SIZE, SIDE = 4, 64
 
 
 def values(method: dict, **train: object) -> dict:

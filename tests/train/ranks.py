@@ -10,9 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+TIMEOUT_S = 600  # a run takes seconds, but on a machine that is busy with other things
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["deepspeed", "wsss_dist.trainer", "tests.train.tiny"])
+# Imported once for all ranks. Without the third line each rank with ZeRO spends two seconds on imports of its own (the
+# optimiser in it asks for torch.compile), without the fourth each trainer one. A module that is not there is left out.
+_context.set_forkserver_preload(
+    [
+        "deepspeed",
+        "wsss_dist.trainer",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        *("torch.utils.tensorboard", "wsss_dist.report_plots"),
+        *("tests.train.tiny", "tests.methods.pcre_runs", "tests.methods.stage_runs"),
+        "tests.train.warm",
+    ]
+)
 
 
 def install() -> None:
@@ -63,7 +75,7 @@ def run_ranks(world_size: int, tmp_path: Path, function: Callable, *args: Any, f
     for child in children:
         child.start()
     try:
-        got = sorted((queue.get(timeout=120) for _ in children), key=lambda g: g[0])
+        got = sorted((queue.get(timeout=TIMEOUT_S) for _ in children), key=lambda g: g[0])
     finally:
         for child in children:
             child.join(10)

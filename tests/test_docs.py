@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from wsss_dist.config import load_config
+from wsss_dist.config import parse_config, read_config
+from wsss_dist.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-TARGETS = ("quickstart", "test", "bench", "lint", "setup")
+TARGETS = ("quickstart", "quickstart-pnoc", "test", "bench", "lint", "setup")
 # The environment variables of our own that something reads.
 SETTINGS = {
     name
@@ -57,7 +58,13 @@ def test_command(document, command):
             assert f'"{option}"' in text, f"{document}: {script} has no option {option}"
     if "--config" in words:
         overrides = [b for a, b in zip(words, words[1:], strict=False) if a == "--set"]
-        load_config(words[words.index("--config") + 1], overrides)
+        values = read_config(words[words.index("--config") + 1], overrides)
+        if "stages" not in values:
+            parse_config(values)
+        elif "--stage" in words:
+            assert words[words.index("--stage") + 1] in Pipeline(values).entries
+        else:
+            Pipeline(values)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

@@ -38,6 +38,8 @@ from wsss_dist.trained import export_weights
 from wsss_dist.trainer import DONE, Trainer, commit, configure_kernels
 
 DONE_FILE, STARTED_FILE = "stage.json", "started.json"
+# ranks wait for each other at the end of a stage alone
+STAGE_TIMEOUT_S = 6 * 3600
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 # sections that a stage may have of its own, on top of the common ones
 _COMMON = ("data", "eval", "report", "kernels", "deepspeed", "optim", "train")
@@ -121,7 +123,7 @@ class Pipeline:
         """
         if only is not None and only not in self.entries:
             raise UserError(f"command line: --stage {only} is none of the stages: {', '.join(self.entries)}")
-        dist.init()
+        dist.init(STAGE_TIMEOUT_S)
         for entry in self.entries.values() if only is None else [self.entries[only]]:
             key = self._key(entry)
             if dist.on_main(lambda entry=entry, key=key: _is_done(entry, key)):
@@ -147,6 +149,7 @@ class Pipeline:
     def _run(self, entry: Entry) -> tuple[int, dict[str, Any] | None]:
         """Exit status and scores, split -> kind -> metrics; None for a training that is not at its end."""
         if entry.kind != "train":
+            dist.init(STAGE_TIMEOUT_S)
             configure_kernels(self.kernels)
             return DONE, load_kind(entry.kind).run(Stage(entry.name, entry.folder, entry.config, _say))
         status = Trainer(entry.config).train()

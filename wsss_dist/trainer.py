@@ -94,6 +94,8 @@ class Trainer:
         try:
             with self._signals():
                 self.checkpoints.check_space(self.engine)
+                if self.dataset.left_out:
+                    self.log.message(f"{self.dataset.left_out} images of '{self.dataset.name}' have no tag: left out")
                 start = self._resume()
                 dist.on_main(self._describe)  # now that the checkpoint fits what is asked for
                 return self._run(start)

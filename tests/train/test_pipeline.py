@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.train import pipeline_runs
@@ -192,6 +193,38 @@ def test_two_ranks_make_the_files_of_one(copied, tmp_path):
         subprocess.run(["rm", "-r", str(folder / stage)], check=True)
     assert run_ranks(2, tmp_path, pipeline_runs.start, config) == [0, 0]
     assert outputs(folder) == before and scores(folder) == found
+
+
+def untagged(root, tmp_path, count):
+    """The data set, with the tags and annotations of the first images of its training split taken away."""
+    new = tmp_path / "untagged"
+    subprocess.run(["cp", "-r", str(root), str(new)], check=True)
+    path = new / "annotations/train.json"
+    content = json.loads(path.read_text())
+    ids = {image["id"] for image in content["images"][:count]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in ids]
+    for image in content["images"][:count]:
+        image["labels"] = []
+    path.write_text(json.dumps(content))
+    return str(new)
+
+
+@pytest.mark.parametrize("how", ["drop", "keep"])
+def test_images_without_tags_are_left_out_and_counted(copied, tmp_path, capsys, how):
+    config, folder = copied
+    subprocess.run(["rm", "-r", str(folder / "cams"), str(folder / "walk"), str(folder / "masks")], check=True)
+    config["data"] |= {"root": untagged(config["data"]["root"], tmp_path, 2), "untagged": how}
+    pipeline = Pipeline(config)
+    for name in ("cams", "walk", "masks"):
+        assert pipeline.start(name) == 0
+    said = capsys.readouterr().out
+    assert said.count("cams, train: 2 images without tags are left out") == 1
+    assert said.count("walk, train: 2 images without tags are left out") == 1
+    assert len(list((folder / "cams/out/train").rglob("*.npz"))) == TRAIN - 2
+    masks = sorted((folder / "masks/out/train").rglob("*.png"))
+    assert len(masks) == (TRAIN - 2 if how == "drop" else TRAIN)
+    if how == "keep":
+        assert (np.asarray(Image.open(masks[0])) == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ mistakes

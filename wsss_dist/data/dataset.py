@@ -16,6 +16,7 @@ class Dataset:
     name         for messages and reports.
     class_names  the C foreground classes; class c has id c + 1 in a mask.
     root         folder that the image paths are relative to.
+    left_out     how many images without a tag were taken out.
     files        [n] array of str, image paths relative to `root`.
     tags         [n, C] uint8, 1 where the image carries the tag.
 
@@ -25,6 +26,7 @@ class Dataset:
     def __init__(self, name: str, class_names: list[str], root: Path, files: list[str], tags: np.ndarray) -> None:
         assert tags.shape == (len(files), len(class_names)) and tags.dtype == np.uint8
         self.name = name
+        self.left_out = 0  # images without a tag that `drop_untagged` took away
         self.class_names = list(class_names)
         self.root = root
         self.files = np.array(files, dtype=np.str_)
@@ -57,6 +59,7 @@ class Dataset:
                 f"data: no image of '{self.name}' has a tag and data.untagged is 'drop'; "
                 "correct the annotations, or set data.untagged: keep"
             )
+        self.left_out = len(self) - len(rows)
         self._select(rows)
 
     def keep_strided(self, limit: int | None) -> None:

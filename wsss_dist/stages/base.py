@@ -67,31 +67,35 @@ class Stage:
         """
         for split, (dataset, rows) in self.splits().items():
             error: UserError | None = None
+            without = 0
             try:
-                self._make_split(split, dataset, rows, suffix, work)
+                without = self._make_split(split, dataset, rows, suffix, work)
             except UserError as caught:
                 error = caught
-            messages = [m for m in dist.all_gather_object(error and str(error)) if m]
+            found = dist.all_gather_object((error and str(error), without))
+            messages = [message for message, _ in found if message]
             if messages:
                 raise error or UserError(messages[0])
+            if left_out := dataset.left_out + sum(n for _, n in found):
+                self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
 
-    def _make_split(self, split: str, dataset: Dataset, rows: np.ndarray, suffix: str, work: Callable) -> None:
+    def _make_split(self, split: str, dataset: Dataset, rows: np.ndarray, suffix: str, work: Callable) -> int:
+        """This rank's images of a split; how many of them have no file."""
         mine = [int(r) for r in rows[dist.rank() :: dist.world_size()]]
         todo = [r for r in mine if not self.output(split, dataset.id(r), suffix).is_file()]
         if len(todo) < len(mine):
             self.say(f"{self.name}, {split}: {len(mine) - len(todo)} of {len(mine)} images are there already")
         loader = build_inference_loader(dataset, self.config.data, np.array(todo, dtype=np.int64))
-        left_out, start = 0, time.perf_counter()
+        without, start = 0, time.perf_counter()
         for number, sample in enumerate(loader, start=1):
             write = work(sample, split, dataset)
             if write is None:
-                left_out += 1
+                without += 1
             else:
                 _write(self.output(split, sample.id, suffix), write)
             if number * 4 // len(todo) > (number - 1) * 4 // len(todo):
                 self.say(f"{self.name}, {split}: image {number}/{len(todo)}, {time.perf_counter() - start:.0f} s")
-        if left_out:
-            self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
+        return without
 
 
 def output(folder: Path, split: str, image_id: str, suffix: str) -> Path:

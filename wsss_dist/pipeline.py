@@ -4,14 +4,15 @@
     data: {...}                      # sections beside `stages` are what every stage has, unless it says otherwise
     stages:
       classifier: {kind: train, method: {...}, optim: {...}, train: {...}}
-      cams: {kind: cams, weights: "${classifier}/model.safetensors", ...}
+      cams: {kind: cams, network: "${classifier}", ...}
 
 The folder of a stage is run.dir/run.name/<stage>. `${classifier}` in a value stands for the folder of an earlier stage
 and makes that stage an input. `train` is a run of the trainer; every other kind is a module of wsss_dist/stages.
 
 A finished stage leaves stage.json: its section, the digests of its inputs, the digest of what it made. It is skipped as
 long as section and inputs are the same; otherwise its folder is set aside as <stage>.old and it runs again, and with it
-whatever depends on it. A stage that was killed goes on where it was: checkpoints, or the files that are there.
+whatever depends on it, if it makes something else. A stage that was killed goes on where it was: at its newest
+checkpoint, or with the files that are missing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss_dist import dist
+from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
 from wsss_dist.errors import UserError
@@ -80,6 +82,7 @@ class Pipeline:
         self.kernels = values.get("kernels", {"default": "auto"})
         self.data = parse(DataConfig, values["data"], "data") if "data" in values else None
         self.report = parse(ReportConfig, values.get("report", {}), "report")
+        self._lock: RunLock | None = None
         self.entries: dict[str, Entry] = {}
         for name, section in stages.items():
             self.entries[name] = self._entry(name, section, values)
@@ -124,7 +127,15 @@ class Pipeline:
         if only is not None and only not in self.entries:
             raise UserError(f"command line: --stage {only} is none of the stages: {', '.join(self.entries)}")
         dist.init(STAGE_TIMEOUT_S)
-        for entry in self.entries.values() if only is None else [self.entries[only]]:
+        dist.on_main(self._take_lock)
+        try:
+            return self._start(list(self.entries.values()) if only is None else [self.entries[only]])
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _start(self, entries: list[Entry]) -> int:
+        for entry in entries:
             key = self._key(entry)
             if dist.on_main(lambda entry=entry, key=key: _is_done(entry, key)):
                 _say(f"stage {entry.name}: done before, and nothing it depends on has changed")
@@ -135,13 +146,17 @@ class Pipeline:
             status, scores = self._run(entry)
             if scores is None:
                 return status
+            # of this start alone, where the stage was killed before
             made = {"seconds": round(time.perf_counter() - begin, 1), "scores": scores}
             dist.on_main(lambda entry=entry, key=key, made=made: _close(entry, key, made))
             _say(f"stage {entry.name}: done in {made['seconds']:.0f} s")
-        report = dist.on_main(lambda: self._report())
+        report = dist.on_main(self._report)
         _say(dist.on_main(lambda: scores_text(self.folder)))
         _say(f"report: {report}")
         return DONE
+
+    def _take_lock(self) -> None:
+        self._lock = RunLock(self.folder, report=_say)
 
     def _report(self) -> Path:
         return build_pipeline_report(self.folder, list(self.entries), self.run.seed, self.data, self.report.num_images)

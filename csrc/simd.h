@@ -61,4 +61,16 @@ WSSS_INLINE Vec exp_not_positive(const Vec& x) {
   return x < lowest ? Vec{} : e.p * power_of_two(e.k);
 }
 
+// x becomes 1 / (1 + exp(-x)), relative error below 4e-7.
+WSSS_INLINE void sigmoid_lanes(Vec& x) {
+  // t = exp(-x) in two factors, so that it overflows to infinity only where exp does; a NaN stays one.
+  Vec t = -x;
+  const Vec lowest = Vec{} - 87.0f, highest = Vec{} + 88.8f;
+  t = t < lowest ? lowest : t;
+  t = t > highest ? highest : t;
+  const ExpParts e = exp_parts(t);
+  t = (e.p + e.p) * power_of_two<1>(e.k);
+  x = 1.0f / (1.0f + t);
+}
+
 }  // namespace wsss

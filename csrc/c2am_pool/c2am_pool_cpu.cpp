@@ -12,7 +12,8 @@
 #include <vector>
 
 #include "c2am_pool/c2am_pool_check.h"
-#include "radius_mask/radius_mask.h"  // sigmoid_in_place
+#include "sigmoid/sigmoid.h"
+#include "widened.h"
 
 namespace wsss {
 namespace {
@@ -37,18 +38,6 @@ std::vector<Weights<T>> weights_of(const at::Tensor& logits) {
     all.emplace_back(logits.const_data_ptr<T>() + b * logits.size(1), logits.size(1));
   }
   return all;
-}
-
-// Rows in the type that is computed in: themselves, or a copy in `room`.
-template <class S, class T>
-const T* widened(const S* rows, int64_t values, std::vector<T>& room) {
-  if constexpr (std::is_same_v<S, T>) {
-    return rows;
-  } else {
-    room.resize(values);
-    std::transform(rows, rows + values, room.begin(), [](S x) { return static_cast<T>(x); });
-    return room.data();
-  }
 }
 
 // c2am_pool_backward_rows for rows of any type.

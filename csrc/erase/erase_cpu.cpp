@@ -14,29 +14,19 @@
 
 #include "erase/erase_axes.h"
 #include "erase/erase_check.h"
+#include "widened.h"
 
 namespace wsss {
 namespace {
 
 constexpr int64_t kBandsAtOnce = 4;
 
-// One row of one colour in the type that is computed in: the row itself, or a copy in `room`.
-template <class S, class T>
-const T* widened(const S* row, std::vector<T>& room) {
-  if constexpr (std::is_same_v<S, T>) {
-    return row;
-  } else {
-    std::transform(row, row + room.size(), room.begin(), [](S x) { return static_cast<T>(x); });
-    return room.data();
-  }
-}
-
 // out = images, row by row, times the keep factor that keep_row(image, top, bottom, weight, keep) writes.
 template <class S, class T, class F>
 void apply(const S* images, const T* maps, const EraseAxes<T>& a, int64_t batch, bool select, S* out, F keep_row) {
   const int64_t bands = static_cast<int64_t>(a.bands.size()), pixels = a.height * a.width;
   at::parallel_for(0, batch * bands, kBandsAtOnce, [&](int64_t begin, int64_t end) {
-    std::vector<T> top(a.width), bottom(a.width), keep(a.width), from(a.width), to(a.width);
+    std::vector<T> top(a.width), bottom(a.width), keep(a.width), to(a.width), from;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / bands;
       const TapRun& band = a.bands[item % bands];
@@ -47,7 +37,7 @@ void apply(const S* images, const T* maps, const EraseAxes<T>& a, int64_t batch,
         keep_row(b, top.data(), bottom.data(), a.rows[y].high_weight, keep.data());
         for (int64_t c = 0; c < kEraseColours; ++c) {
           const int64_t place = (b * kEraseColours + c) * pixels + y * a.width;
-          const T* row = widened(images + place, from);
+          const T* row = widened(images + place, a.width, from);
           if constexpr (std::is_same_v<S, T>) {
             erase_apply_row(row, keep.data(), select, a.width, out + place);
           } else {
@@ -103,9 +93,7 @@ at::Tensor erase_hard_cpu(const at::Tensor& images, const at::Tensor& maps, doub
 template <class S, class T>
 class BandGradient {
  public:
-  explicit BandGradient(const EraseAxes<T>& axes) : a_(axes), top_(a_.width), bottom_(a_.width) {
-    for (auto& room : rooms_) room.resize(a_.width);
-  }
+  explicit BandGradient(const EraseAxes<T>& axes) : a_(axes), top_(a_.width), bottom_(a_.width) {}
   void operator()(const S* grad, const S* images, const TapRun& band, double* sums) {
     std::fill(top_.begin(), top_.end(), T(0));
     std::fill(bottom_.begin(), bottom_.end(), T(0));
@@ -113,8 +101,8 @@ class BandGradient {
       const T *g[kEraseColours], *x[kEraseColours];
       for (int64_t c = 0; c < kEraseColours; ++c) {
         const int64_t place = c * a_.height * a_.width + y * a_.width;
-        g[c] = widened(grad + place, rooms_[2 * c]);
-        x[c] = widened(images + place, rooms_[2 * c + 1]);
+        g[c] = widened(grad + place, a_.width, rooms_[2 * c]);
+        x[c] = widened(images + place, a_.width, rooms_[2 * c + 1]);
       }
       erase_gather_row(g, x, a_.rows[y].high_weight, a_.width, top_.data(), bottom_.data());
     }

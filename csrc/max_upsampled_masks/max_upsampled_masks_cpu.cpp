@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "max_upsampled_masks/max_upsampled_masks_check.h"
+#include "sigmoid/sigmoid.h"
 
 namespace wsss {
 namespace {

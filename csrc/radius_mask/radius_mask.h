@@ -58,12 +58,8 @@ inline void for_each_span(int64_t patch, int64_t h, int64_t w, const std::vector
   }
 }
 
-// CPU. x becomes 1 / (1 + exp(-x)); relative error below 4e-7. `n` is rounded up to kSigmoidBlock, x has room for that.
-constexpr int64_t kSigmoidBlock = 8;
-void sigmoid_in_place(float* x, int64_t n);
-void sigmoid_in_place(double* x, int64_t n);
-// to = sigmoid(from), or grad * y * (1 - y), over the runs [begin, end), ascending. Up to kSigmoidBlock - 1 elements
-// behind a run are read too; as many behind the last one are written, with 0.
+// CPU. to = sigmoid(from), or grad * y * (1 - y), over the runs [begin, end), ascending. Up to kSigmoidBlock - 1
+// elements (sigmoid/sigmoid.h) behind a run are read too; as many behind the last one are written, with 0.
 struct Span {
   int64_t begin, end;
 };

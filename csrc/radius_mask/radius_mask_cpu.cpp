@@ -12,6 +12,7 @@
 
 #include "radius_mask/radius_mask.h"
 #include "radius_mask/radius_mask_check.h"
+#include "sigmoid/sigmoid.h"
 
 namespace wsss {
 namespace {

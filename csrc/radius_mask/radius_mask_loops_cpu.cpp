@@ -1,8 +1,7 @@
-// The sigmoid of the region ops on the CPU: no torch header.
-#include <cmath>
-
+// The sigmoid within a disc on the CPU: no torch header.
 #include "lanes.h"
 #include "radius_mask/radius_mask.h"
+#include "sigmoid/sigmoid.h"
 #include "simd.h"
 
 namespace wsss {
@@ -10,28 +9,7 @@ namespace {
 
 using Loose = Lanes<float>::Loose;
 
-WSSS_INLINE void sigmoid_lanes(Vec& x) {
-  // t = exp(-x) in two factors, so that it overflows to infinity only where exp does; a NaN stays one.
-  Vec t = -x;
-  const Vec lowest = Vec{} - 87.0f, highest = Vec{} + 88.8f;
-  t = t < lowest ? lowest : t;
-  t = t > highest ? highest : t;
-  const ExpParts e = exp_parts(t);
-  t = (e.p + e.p) * power_of_two<1>(e.k);
-  x = 1.0f / (1.0f + t);
-}
-
 }  // namespace
-
-WSSS_CLONES
-void sigmoid_in_place(float* x, int64_t n) {
-  static_assert(kSigmoidBlock == Lanes<float>::count);
-  for (int64_t i = 0; i < n; i += kSigmoidBlock) {
-    Vec v = *reinterpret_cast<const Loose*>(x + i);
-    sigmoid_lanes(v);
-    *reinterpret_cast<Loose*>(x + i) = v;
-  }
-}
 
 WSSS_CLONES
 void sigmoid_spans(const float* from, const std::vector<Span>& spans, float* to) {
@@ -61,10 +39,6 @@ void sigmoid_gradient_spans(const float* grad, const float* y, const std::vector
     }
     *reinterpret_cast<Loose*>(to + span.end) = Vec{};
   }
-}
-
-void sigmoid_in_place(double* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = 1.0 / (1.0 + std::exp(-x[i]));
 }
 
 }  // namespace wsss

@@ -64,9 +64,10 @@ def dense_energy(order, backend):
 
 
 def random_walk(order, backend):
-    seeds, edges = leaf(rand(3, 5, 30, 37)[order]), rand(3, 30, 37)[order]
+    h, w = (12, 15) if backend == "reference" else (30, 37)  # a dense [h w, h w] matrix, squared
+    seeds, edges = leaf(rand(3, 5, h, w)[order]), rand(3, h, w)[order]
     out = kernels.random_walk(seeds, edges, log2_steps=6, backend=backend)
-    return [], [out.detach(), *torch.autograd.grad(out, seeds, randn(3, 5, 30, 37)[order])]
+    return [], [out.detach(), *torch.autograd.grad(out, seeds, randn(3, 5, h, w)[order])]
 
 
 def radius_mask(order, backend):
@@ -110,7 +111,8 @@ def class_patch_contrast(order, backend):
 
 
 def path_affinity_loss(order, backend):
-    logits, labels = leaf(randn(3, 1, 50, 140)[order]), (rand(3, 50, 140) * 3).long()[order]
+    h, w = (15, 35) if backend == "reference" else (50, 140)  # every pair of pixels and its paths, gathered
+    logits, labels = leaf(randn(3, 1, h, w)[order]), (rand(3, h, w) * 3).long()[order]
     value = kernels.path_affinity_loss(logits, labels, radius=4, ignore_index=2, backend=backend)
     return [value.detach()], [*torch.autograd.grad(value, logits)]
 

@@ -109,7 +109,7 @@ class PoolNetDecoder(nn.Module):
         self.score = nn.Conv2d(own(LAST[1]), 1, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
+                nn.init.normal_(module.weight, std=0.01 / width**0.5)  # the gain of the published width
         nn.init.zeros_(self.score.bias)
 
     def forward(self, taps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

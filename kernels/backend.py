@@ -32,8 +32,8 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "random_walk": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "select_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
 }
-# torch.ops.wsss.<name>, where it is not the name of the op
-NATIVE_NAMES = {"dense_energy": "lattice_filter", "erase": "erase_soft"}
+# torch.ops.wsss.<name> on the CPU and on CUDA, where it is not the name of the op
+NATIVE_NAMES = {"dense_energy": ("dense_energy", "lattice_filter"), "erase": ("erase_soft", "erase_soft")}
 
 _implementations: dict[str, dict[str, Callable]] = {}
 _settings: dict[str, str] = {"default": "auto"}
@@ -50,7 +50,7 @@ except ImportError as error:
 
 def native_problem(op: str) -> str | None:
     """Why kernels._C has no usable `op`, or None."""
-    if NATIVE_PROBLEM is None and not hasattr(torch.ops.wsss, NATIVE_NAMES.get(op, op)):
+    if NATIVE_PROBLEM is None and not all(hasattr(torch.ops.wsss, name) for name in NATIVE_NAMES.get(op, (op,))):
         return f"kernels._C was built from older sources, without {op}; build it again"
     return NATIVE_PROBLEM
 
@@ -88,7 +88,7 @@ def check_backends(device: torch.device) -> None:
 
 
 def _has_cuda_kernel(op: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"wsss::{NATIVE_NAMES.get(op, op)}", "CUDA")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"wsss::{NATIVE_NAMES.get(op, (op,))[-1]}", "CUDA")
 
 
 def _problem(op: str, name: str, device: str) -> str | None:

@@ -102,47 +102,41 @@ void Lattice::index(const int32_t* vertex, const uint32_t* rank, const int32_t* 
   const int64_t padded = padded_points(num_points);
   const int margin = ring ? 3 : 2;  // corners, their neighbours, the neighbours of those
   const auto strides = key_strides(low, high, D, margin);
-  int64_t step = 0;
-  int32_t origin[D];
+  // Keys modulo 2^64: those of the vertices fit, that of the origin may not.
+  uint64_t step = 0, origin = 0;
   for (int i = 0; i < D; ++i) {
     step += strides[i];
-    origin[i] = low[i] - margin * num_corners;
+    origin += static_cast<uint64_t>(int64_t{low[i]} - margin * num_corners) * strides[i];
   }
   VertexTable table(num_points / 16);
-  int64_t codes[kFetchAhead][kMaxCorners];
-  int64_t last_code[kMaxCorners], previous_code = -1;
-  int32_t last_id[kMaxCorners];
+  uint64_t codes[kFetchAhead][D + 1], previous_code = 0;
+  bool repeats[kFetchAhead];  // the simplex of the point before
+  int32_t ids[D + 1];
   uint32_t previous_rank = 0;
-  std::fill(last_code, last_code + kMaxCorners, -1);
   for (int64_t begin = 0; begin < num_points; begin += kFetchAhead) {
     const int64_t end = std::min(num_points, begin + kFetchAhead);
     for (int64_t i = begin; i < end; ++i) {
-      int64_t* code = codes[i - begin];
-      code[0] = 0;
-      for (int j = 0; j < D; ++j) code[0] += (vertex[j * padded + i] - origin[j]) * strides[j];
-      if (code[0] == previous_code && rank[i] == previous_rank) {
-        code[0] = -1;  // the simplex of the point before
-        continue;
-      }
-      previous_code = code[0];
+      uint64_t code = -origin;
+      for (int j = 0; j < D; ++j) code += static_cast<uint64_t>(int64_t{vertex[j * padded + i]}) * strides[j];
+      repeats[i - begin] = i > 0 && code == previous_code && rank[i] == previous_rank;
+      if (repeats[i - begin]) continue;
+      previous_code = code;
       previous_rank = rank[i];
-      int64_t stride_of_rank[16] = {};
-      for (int j = 0; j < D; ++j) stride_of_rank[rank[i] >> (4 * j) & 15] = strides[j];
-      for (int k = 1; k <= D; ++k) code[k] = code[k - 1] + step - (D + 1) * stride_of_rank[D - k + 1];
-      for (int k = 0; k <= D; ++k) table.prefetch(code[k]);
+      uint64_t stride_of_rank[16];
+      for (int j = 0; j <= D; ++j) stride_of_rank[rank[i] >> (4 * j) & 15] = num_corners * strides[j];
+      for (int k = 0; k <= D; ++k) {
+        if (k > 0) code += step - stride_of_rank[D - k + 1];
+        codes[i - begin][k] = code;
+        table.prefetch(code);
+      }
     }
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t* code = codes[i - begin];
-      for (int k = 0; code[0] != -1 && k <= D; ++k) {
-        if (code[k] == last_code[k]) continue;
-        last_code[k] = code[k];
-        last_id[k] = table.insert(code[k]);
-      }
-      std::copy(last_id, last_id + D + 1, corner_.get() + i * (D + 1));
+      for (int k = 0; !repeats[i - begin] && k <= D; ++k) ids[k] = table.insert(codes[i - begin][k]);
+      std::copy(ids, ids + D + 1, corner_.get() + i * (D + 1));
     }
   }
   std::vector<int64_t> steps;
-  for (const int64_t stride : strides) steps.push_back(num_corners * stride - step);
+  for (const int64_t stride : strides) steps.push_back(num_corners * stride - static_cast<int64_t>(step));
   steps.resize(num_corners);
   if (ring) table.insert_ring(steps);
   num_vertices = static_cast<int64_t>(table.keys.size());

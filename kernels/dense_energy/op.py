@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels import checks
 from kernels.backend import choose, native_problem, register
 from kernels.dense_energy import reference
+from kernels.gradient import wanted
 
 _OP = "dense_energy"
 SCALES = ("lattice", "true")
@@ -19,17 +20,66 @@ def _native_sums(image: Tensor, planes: Tensor, sigma_xy: float, sigma_rgb: floa
     return torch.ops.wsss.lattice_filter(image, planes, float(sigma_xy), float(sigma_rgb))
 
 
-def _native(probs: Tensor, *args) -> Tensor:
+def _native(
+    probs: Tensor,
+    image: Tensor,
+    roi: Tensor,
+    labels: Tensor,
+    sigma_rgb: float,
+    sigma_xy: float,
+    scale_factor: float,
+    scale: str,
+) -> Tensor:
     if probs.dtype == torch.float64:
         raise TypeError(f"{_OP}: the native backend computes in fp32; use backend='reference' for float64")
-    return reference.dense_energy(probs, *args, sums=_native_sums)
+    if scale == "true" or probs.device.type != "cpu" or probs.numel() == 0:
+        return reference.dense_energy(
+            probs, image, roi, labels, sigma_rgb, sigma_xy, scale_factor, scale, sums=_native_sums
+        )
+    image, roi, unlabelled = reference.shrink(image, roi, labels, scale_factor, torch.float32)
+    sigmas = float(sigma_xy * scale_factor), float(sigma_rgb)
+    arguments = image, roi.squeeze(1), unlabelled.squeeze(1), *sigmas, wanted(probs)
+    return torch.ops.wsss.dense_energy(probs.float(), *arguments)[0]
+
+
+def _row_floats(probs: Tensor, image: Tensor) -> int:
+    """Size of the slope of an image: rows of 32 classes and of the rest, which is 1 to 4 or fills vectors of 8."""
+    classes, pixels = probs.shape[1], image.shape[2] * image.shape[3]
+    rest = (classes - 1) % 32 + 1
+    return (classes - rest + (4 if rest <= 4 else -(-rest // 8) * 8)) * pixels
+
+
+def _save_slope(ctx, inputs, output):
+    ctx.sizes = inputs[0].shape, *inputs[1].shape[-2:]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, grad, _):
+    (slope,) = ctx.saved_tensors
+    return torch.ops.wsss.dense_energy_backward(grad, slope, *ctx.sizes), *(None,) * 6
+
+
+def _second_gradient(ctx, grad):
+    raise RuntimeError(f"{_OP}: the gradient itself is not differentiable")
 
 
 if native_problem(_OP) is None:
 
     @torch.library.register_fake("wsss::lattice_filter")
-    def _fake(image, planes, sigma_xy, sigma_rgb):
+    def _fake_filter(image, planes, sigma_xy, sigma_rgb):
         return planes.new_empty(planes.shape)
+
+    @torch.library.register_fake("wsss::dense_energy")
+    def _fake(probs, image, roi, unlabelled, sigma_xy, sigma_rgb, with_gradient):
+        return probs.new_empty(()), probs.new_empty(len(probs) if with_gradient else 0, _row_floats(probs, image))
+
+    @torch.library.register_fake("wsss::dense_energy_backward")
+    def _fake_backward(grad, slope, shape, h, w):
+        return slope.new_empty(shape)
+
+    torch.library.register_autograd("wsss::dense_energy", _gradient, setup_context=_save_slope)
+    torch.library.register_autograd("wsss::dense_energy_backward", _second_gradient)
 
 
 register(_OP, reference=reference.dense_energy, native=_native)

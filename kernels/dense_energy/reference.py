@@ -46,6 +46,15 @@ class GatedEnergy(torch.autograd.Function):
         return grad * slope, None, None, None
 
 
+def shrink(
+    image: Tensor, roi: Tensor, labels: Tensor, scale_factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """To the nearest pixel: image [B, 3, h, w], roi [B, 1, h, w], whether the label is 255 [B, 1, h, w]."""
+    size = [max(1, int(s * scale_factor)) for s in image.shape[-2:]]
+    unlabelled = F.interpolate((labels == 255).to(torch.uint8).unsqueeze(1), size) > 0
+    return F.interpolate(image.to(dtype), size), F.interpolate(roi.to(dtype).unsqueeze(1), size), unlabelled
+
+
 def dense_energy(
     probs: Tensor,
     image: Tensor,
@@ -59,14 +68,11 @@ def dense_energy(
 ) -> Tensor:
     """`sums`: what computes `kernel_sums`."""
     dtype = accumulate_dtype(probs)
-    probs, image, roi = probs.to(dtype), image.to(dtype), roi.to(dtype).unsqueeze(1)
+    probs = probs.to(dtype)
     if probs.numel() == 0:
         return probs.sum()
-    size = [max(1, int(s * scale_factor)) for s in probs.shape[-2:]]
-    probs = F.interpolate(probs, size, mode="bilinear")
-    image = F.interpolate(image, size)
-    roi = F.interpolate(roi, size)
-    unlabelled = F.interpolate((labels == 255).to(dtype).unsqueeze(1), size) > 0
+    image, roi, unlabelled = shrink(image, roi, labels, scale_factor, dtype)
+    probs = F.interpolate(probs, image.shape[-2:], mode="bilinear")
     gate = (roi - probs.detach().amax(dim=1, keepdim=True)).clamp_min(0)
     gate = torch.where(unlabelled, 1.0, gate)
 

@@ -159,10 +159,11 @@ def value_and_grad(probs, *args, **options):
 
 @native
 @pytest.mark.parametrize("size", [(24, 32), (13, 7), (1, 40), (40, 1), (1, 1)])
-@pytest.mark.parametrize("k", [1, 3, 4, 5, 21, 51])
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 21, 36, 51])
 def test_native_equals_reference(size, k):
     probs, image, roi, labels = example(2, k, *size, dtype=torch.float32)
-    for options in ({}, {"sigma_rgb": 5.0, "sigma_xy": 20.0, "scale_factor": 1.0}):
+    full = {"sigma_rgb": 5.0, "sigma_xy": 20.0, "scale_factor": 1.0}
+    for options in ({}, full, {"scale_factor": 0.7}, {"scale_factor": 0.3}):
         got = value_and_grad(probs, image, roi, labels, backend="native", **options)
         plain = value_and_grad(probs, image, roi, labels, backend="reference", **options)
         want = value_and_grad(probs.double(), image, roi, labels, backend="reference", **options)
@@ -205,6 +206,69 @@ def test_native_batch_position_threads_repeat():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@native
+@pytest.mark.parametrize("size", [(46, 600), (47, 35)])  # runs of 256 pixels with a rest; not halved
+def test_native_energy_batch_position_threads(size):
+    """Two threads share the vertices of the third image, which one thread fills as the rows come."""
+    probs, image, roi, labels = example(3, 45, *size, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(value_and_grad(probs, image, roi, labels, backend="native"))
+            ones = zip(*(x.split(1) for x in (probs, image, roi, labels)), strict=True)
+            alone = torch.cat([value_and_grad(*one, backend="native")[1] for one in ones])
+            # a third of the weight: the sum over the batch is a mean
+            torch.testing.assert_close(results[0][1], alone / 3, rtol=1e-6, atol=0)
+            order = [2, 0, 1]
+            moved = value_and_grad(probs[order], image[order], roi[order], labels[order], backend="native")[1]
+            assert torch.equal(moved, results[0][1][order])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@native
+def test_energy_opcheck_compile_errors():
+    op = torch.ops.wsss.dense_energy
+    probs = torch.rand(2, 36, 9, 8)
+    small = 255 * torch.rand(2, 3, 4, 4), torch.ones(2, 4, 4), torch.rand(2, 4, 4) < 0.5
+    for leaf in (probs, probs.clone().requires_grad_()):
+        torch.library.opcheck(op.default, (leaf, *small, 20.0, 15.0, True))
+    energy, slope = op(probs, *small, 20.0, 15.0, True)
+    torch.library.opcheck(torch.ops.wsss.dense_energy_backward.default, (torch.ones(()), slope, probs.shape, 4, 4))
+    without = op(probs, *small, 20.0, 15.0, False)
+    assert torch.equal(without[0], energy) and without[1].numel() == 0
+    args = example(dtype=torch.float32)
+    want = value_and_grad(*args, backend="native")
+    leaf = args[0].clone().requires_grad_()
+    loss = torch.compile(lambda *a: 2 * dense_energy(*a, backend="native"), fullgraph=True, backend="aot_eager")
+    loss(leaf, *args[1:]).backward()
+    torch.testing.assert_close(leaf.grad, 2 * want[1], rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="dense_energy: image does not fit probs"):
+        op(probs[:1], *small, 20.0, 15.0, True)
+    with pytest.raises(ValueError, match="dense_energy: roi does not fit image"):
+        op(probs, small[0], small[1][:, 1:], small[2], 20.0, 15.0, True)
+    with pytest.raises(ValueError, match="dense_energy: unlabelled does not fit roi"):
+        op(probs, *small[:2], small[2][:, 1:], 20.0, 15.0, True)
+    with pytest.raises(TypeError, match="dense_energy: unlabelled must be bool"):
+        op(probs, *small[:2], small[1], 20.0, 15.0, True)
+    with pytest.raises(ValueError, match="dense_energy: the standard deviations must be > 0"):
+        op(probs, *small, 0.0, 15.0, True)
+    with pytest.raises(ValueError, match="dense_energy: probs and image must not be empty"):
+        op(probs[:, :0], *small, 20.0, 15.0, True)
+    with pytest.raises(ValueError, match="dense_energy_backward: no such shape"):
+        torch.ops.wsss.dense_energy_backward(torch.ones(()), slope, probs.shape, 4, 0)
+    with pytest.raises(ValueError, match="dense_energy_backward: slope .* does not fit"):
+        torch.ops.wsss.dense_energy_backward(torch.ones(()), slope[:1], probs.shape, 4, 4)
+    with pytest.raises(RuntimeError, match="dense_energy: the gradient itself is not differentiable"):
+        x = probs.clone().requires_grad_()
+        one = torch.ones((), requires_grad=True)
+        (grad,) = torch.autograd.grad(op(x, *small, 20.0, 15.0, True)[0], x, one, create_graph=True)
+        grad.sum().backward()
 
 
 @native

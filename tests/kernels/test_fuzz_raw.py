@@ -86,6 +86,25 @@ def lattice_filter(draw):
 
 
 @st.composite
+def dense_energy(draw):
+    b, k, full_h, full_w = draw(st.tuples(st.integers(0, 3), st.integers(0, 40), SIZES, st.integers(0, 20)))
+    h, w = draw(st.tuples(SIZES, SIZES) | st.just((full_h // 2, full_w // 2)))
+    planes = draw(floats((b, k, full_h, full_w))), draw(floats((b, 3, h, w))), draw(floats((b, h, w)))
+    return *planes, draw(wanted_or_any(bools((b, h, w)))), draw(SIGMAS), draw(SIGMAS), draw(st.booleans())
+
+
+@st.composite
+def dense_energy_backward(draw):
+    b, k = draw(st.tuples(st.integers(0, 3), st.integers(0, 40)))
+    h, w, full_h, full_w = draw(st.tuples(*4 * (st.integers(1, 9),)))
+    full_h, full_w = draw(st.sampled_from(((full_h, full_w), (2 * h, 2 * w))))
+    rest = (k - 1) % 32 + 1
+    floats_of_rows = (k - rest + (4 if rest <= 4 else -(-rest // 8) * 8)) * h * w
+    shape = draw(st.just([b, k, full_h, full_w]) | st.lists(small(0, 9), max_size=5))
+    return draw(floats(())), draw(floats((b, floats_of_rows))), shape, draw(small(h, h)), draw(small(w, w))
+
+
+@st.composite
 def random_walk(draw):
     b, c, h, w = draw(st.tuples(st.integers(0, 3), st.integers(0, 6), SIZES, st.integers(0, 35)))
     tails = draw(st.just([]) | st.lists(WEIGHTS, max_size=4))
@@ -249,6 +268,8 @@ ARGUMENTS = [
     par,
     dense_crf,
     lattice_filter,
+    dense_energy,
+    dense_energy_backward,
     gaussian_filter,
     patch_token_contrast,
     class_patch_contrast,

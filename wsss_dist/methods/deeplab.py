@@ -5,6 +5,8 @@ Letters: B batch, C foreground classes, K = C + 1 with background, H W pixels.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -15,9 +17,10 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.methods.base import BaseMethod, Prediction, check_stage
 from wsss_dist.models.deeplab import DeepLabDecoder
 from wsss_dist.models.groups import pretrained_and_new
+from wsss_dist.models.pretrained import load_part
 from wsss_dist.models.pyramid import build_pyramid
 from wsss_dist.models.resnet import ResNetConfig
-from wsss_dist.schema import StrictModel
+from wsss_dist.schema import ConfigPath, StrictModel
 
 IGNORE = 255
 
@@ -26,6 +29,8 @@ class Config(StrictModel):
     """DeepLabV3+ as P-NOC trains it."""
 
     backbone: ResNetConfig = ResNetConfig()
+    # a finished run of a CAM network whose backbone it goes on from; null: the backbone's own weights, as published
+    start: ConfigPath | None = None
     width: int = Field(256, ge=4, multiple_of=4)  # channels of the pyramid and of the decoder
     label_smoothing: float = Field(0.1, ge=0, lt=1)  # eps: (1 - eps) one-hot + eps / K
 
@@ -42,6 +47,8 @@ class Method(BaseMethod):
         self.cfg = cfg
         self.backbone = build_pyramid(cfg.backbone)
         self.patch_size = cfg.backbone.output_stride
+        if cfg.start is not None:
+            load_part(self.backbone, cfg.start, "generator.backbone.", "method.start")
         low, high = self.backbone.channels[1], self.backbone.channels[4]
         self.decoder = DeepLabDecoder(low, high, num_classes + 1, cfg.width)
 
@@ -49,6 +56,10 @@ class Method(BaseMethod):
     def weights_note(self) -> str | None:
         """What the backbone's weights file says of its origin."""
         return self.backbone.weights_note
+
+    def trained_weights(self) -> list[Path]:
+        """The start of the backbone."""
+        return [] if self.cfg.start is None else [self.cfg.start]
 
     def param_groups(self) -> list[dict]:
         """Pretrained weights x1, biases x2, new weights x10, new biases x20."""

@@ -268,8 +268,8 @@ def build_comparison(run_dirs: list[Path], out: Path) -> Path:
     notes = sorted({n for g in groups.values() for r in g for n in (r["data_note"], r["weights_note"]) if n})
     caption = "mIoU in percent: mean over the runs (each run)."
     if out.suffix == ".md":
-        table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-        text = "\n\n".join([*notes, caption, "\n".join(table)]) + "\n"
+        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+        text = "\n\n".join([*notes, caption, "\n".join(lines)]) + "\n"
     else:
         body = [f"<p>{escape(n)}</p>" for n in notes] + [f"<h1>Comparison</h1><p>{caption}</p>"]
         cells = [f"<tr><td>{escape(row[0])}</td>{_cells(row[1:])}</tr>" for row in rows]

@@ -154,7 +154,8 @@ def test_deeplab_predicts_the_same_of_a_mirrored_image():
 
 @pytest.mark.parametrize("name, needs", [("c2am", "hint"), ("affinity", "labels"), ("deeplab", "labels")])
 def test_the_map_of_the_stage_before_is_asked_for(name, needs):
-    config = values({"name": name, "backbone": FROZEN if name == "affinity" else BACKBONE})
+    own = {"backbone": FROZEN, "radius": 5} if name == "affinity" else {"backbone": BACKBONE}
+    config = values({"name": name, **own})
     parse_config(config)
     del config["data"]["maps"][needs]
     with pytest.raises(UserError, match=f"method '{name}' is trained on the map '{needs}'.*add data.maps.{needs}"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,6 +27,15 @@ from wsss_dist.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, VAL = 12, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes of these tests have: another number of threads gives other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from wsss_dist import dist
 from wsss_dist.crf import LabelCRFConfig, crf_of_labels
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
@@ -41,7 +42,8 @@ def run(stage: Stage) -> dict[str, Any]:
         size = tuple(sample.image.shape[-2:])
         scores = read_scores(cfg.cams, split, sample.id, size, len(dataset.class_names))
         if scores is None:
-            scores = Scores(torch.zeros(0, dtype=torch.int64), torch.zeros(0, *size))
+            device = dist.device()
+            scores = Scores(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, *size, device=device))
         if cfg.saliency is None:
             return png_writer(labels_of_cams(scores, sample.image, cfg))
         salient = read_png(cfg.saliency, split, sample.id, size).float() / 255

@@ -75,10 +75,9 @@ def test_a_crf_of_labels_is_that_of_its_unary():
     assert torch.equal(crf_of_labels(labels.clamp(max=0), 1, image, cfg), torch.zeros(20, 24, dtype=torch.int64))
 
 
-@pytest.mark.skipif(not pytest.importorskip("pydensecrf.densecrf", reason="extra 'bench'"), reason="extra 'bench'")
 def test_crf_of_labels_against_pydensecrf():
     """Golden check 7 of P-NOC: the labels of the saliency and affinity CRFs, on 20 images, agree on 99.5 % or more."""
-    import pydensecrf.densecrf as peer
+    peer = pytest.importorskip("pydensecrf.densecrf", reason="extra 'bench'")
     from pydensecrf.utils import unary_from_labels
 
     cfg, agree = LabelCRFConfig(), []

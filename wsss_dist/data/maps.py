@@ -72,22 +72,20 @@ def _read_map(dataset: Dataset, i: int, name: str, cfg: MapConfig, size: tuple[i
     return values
 
 
-def check_maps(dataset: Dataset, maps: dict[str, MapConfig], rows: np.ndarray | None = None, count: int = 8) -> None:
+def check_maps(dataset: Dataset, maps: dict[str, MapConfig], count: int = 8) -> None:
     """Hold that every image has its maps, and read those of up to `count` evenly strided images.
 
     Args:
         dataset: the split.
         maps: name -> where and what.
-        rows: positions of the images that count, int64; None: all.
         count: images whose maps are read.
     Raises:
         UserError: a map is missing or wrong, or is a ground-truth mask of the data set.
     """
-    rows = np.arange(len(dataset)) if rows is None else rows
     for name, cfg in maps.items():
-        _check_complete(dataset, name, cfg, rows)
-    for k in range(min(count, len(rows)) if maps else 0):
-        i = int(rows[k * len(rows) // min(count, len(rows))])
+        _check_complete(dataset, name, cfg)
+    for k in range(min(count, len(dataset)) if maps else 0):
+        i = k * len(dataset) // min(count, len(dataset))
         for name, cfg in maps.items():
             _check_is_no_mask(dataset, map_path(cfg, dataset.id(i)), name)
         try:
@@ -97,13 +95,13 @@ def check_maps(dataset: Dataset, maps: dict[str, MapConfig], rows: np.ndarray | 
         read_maps(dataset, i, maps, (height, width))
 
 
-def _check_complete(dataset: Dataset, name: str, cfg: MapConfig, rows: np.ndarray) -> None:
+def _check_complete(dataset: Dataset, name: str, cfg: MapConfig) -> None:
     if not cfg.dir.is_dir():
         raise UserError(
             f"data: data.maps.{name}.dir is '{cfg.dir}', which is not a folder; expected the maps '{name}' of "
             f"'{dataset.name}', {_FORMAT[cfg.kind]} for each image: {_fix(name, cfg)}"
         )
-    wanted = [_file_name(cfg, dataset.id(i)) for i in rows.tolist() if _needs_file(dataset, i, cfg)]
+    wanted = [_file_name(cfg, dataset.id(i)) for i in range(len(dataset)) if _needs_file(dataset, i, cfg)]
     missing = missing_files(cfg.dir, wanted)
     if missing:
         raise UserError(

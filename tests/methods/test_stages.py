@@ -175,7 +175,10 @@ def test_files_come_back_as_they_were_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "classes", "message"),
-    [((9, 12), 4, "is 9 x 11 .height x width., the image 9 x 12"), ((9, 11), 3, r"holds the classes \[0, 3\]")],
+    [
+        ((9, 12), 4, "is 9 x 11 .height x width., the image 9 x 12"),
+        ((9, 11), 3, r"holds the classes .3.; expected indices 0..2"),
+    ],
 )
 def test_scores_that_do_not_fit_name_the_file_and_the_stage(tmp_path, size, classes, message):
     folder = tmp_path / "cams"

@@ -28,7 +28,7 @@ _FORMAT = {
 }
 
 
-class _Unfit(Exception):
+class UnfitMap(Exception):
     """A file that is not the map it should be: what was found, what was expected."""
 
 
@@ -63,8 +63,8 @@ def _read_map(dataset: Dataset, i: int, name: str, cfg: MapConfig, size: tuple[i
         values = _READERS[cfg.kind](path, len(dataset.class_names))
         if values.shape != size:
             found, expected = (f"{h} x {w}" for h, w in (values.shape, size))
-            raise _Unfit(f"is {found} (height x width)", f"{expected}, the size of {dataset.path(i)}")
-    except _Unfit as error:
+            raise UnfitMap(f"is {found} (height x width)", f"{expected}, the size of {dataset.path(i)}")
+    except UnfitMap as error:
         found, expected = error.args
         raise UserError(
             f"data: {path}, the map '{name}' of image {dataset.id(i)}, {found}; expected {expected}: {_fix(name, cfg)}"
@@ -127,7 +127,7 @@ def _fix(name: str, cfg: MapConfig) -> str:
     return f"make it with {cfg.made_by or 'the stage before'}, or correct data.maps.{name}"
 
 
-# ------------------------------------------------------------------ one reader per kind: (path, C) -> array, or _Unfit
+# ---------------------------------------------------------------- one reader per kind: (path, C) -> array, or UnfitMap
 
 
 def _labels(path: Path, num_classes: int) -> np.ndarray:
@@ -136,7 +136,7 @@ def _labels(path: Path, num_classes: int) -> np.ndarray:
     wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
     if len(wrong):
         known = f"0 (background), 1..{num_classes} (the classes) and 255 (undecided)"
-        raise _Unfit(f"holds the ids {wrong[:5].tolist()}", known)
+        raise UnfitMap(f"holds the ids {wrong[:5].tolist()}", known)
     return ids
 
 
@@ -148,29 +148,40 @@ def _channel(path: Path, modes: tuple[str, ...], kind: str) -> np.ndarray:
     try:
         return read_channel(path, modes)
     except DamagedImage as error:
-        raise _Unfit(f"cannot be used: {error.reason}", _FORMAT[kind]) from None
+        raise UnfitMap(f"cannot be used: {error.reason}", _FORMAT[kind]) from None
 
 
 def _scores(path: Path, num_classes: int) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            labels, full = file["labels"], file["full"]
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds on damaged bytes, and all mean the same here
-        reason = "the file is missing" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        raise _Unfit(f"cannot be used: {reason}", _FORMAT["scores"]) from None
-    fits = labels.ndim == 1 and labels.dtype.kind in "iu" and full.ndim == 3 and full.dtype.kind == "f"
-    if not fits or len(labels) != len(full):
-        found = f"`labels` {labels.dtype} {list(labels.shape)} and `full` {full.dtype} {list(full.shape)}"
-        raise _Unfit(f"holds {found}", _FORMAT["scores"])
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise _Unfit(f"holds the classes {wrong[:5].tolist()}", f"indices 0..{num_classes - 1}")
-    if not len(labels):
+    full = load_scores(path, num_classes)["full"]
+    if not len(full):
         return np.zeros(full.shape[1:], np.float32)
     largest = full.astype(np.float32).max(axis=0)
     if not np.isfinite(largest).all():
-        raise _Unfit("holds scores that are not finite", "numbers")
+        raise UnfitMap("holds scores that are not finite", "numbers")
     return largest
+
+
+def load_scores(path: Path, num_classes: int) -> dict[str, np.ndarray]:
+    """The arrays of a file of kind "scores" by name: `labels` in 0..num_classes - 1, `full`, and what else it holds.
+
+    Raises:
+        UnfitMap: missing, damaged, or it holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+            labels, full = arrays["labels"], arrays["full"]
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds on damaged bytes, and all mean the same here
+        reason = "the file is missing" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise UnfitMap(f"cannot be used: {reason}", _FORMAT["scores"]) from None
+    fits = labels.ndim == 1 and labels.dtype.kind in "iu" and full.ndim == 3 and full.dtype.kind == "f"
+    if not fits or len(labels) != len(full):
+        found = f"`labels` {labels.dtype} {list(labels.shape)} and `full` {full.dtype} {list(full.shape)}"
+        raise UnfitMap(f"holds {found}", _FORMAT["scores"])
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise UnfitMap(f"holds the classes {wrong[:5].tolist()}", f"indices 0..{num_classes - 1}")
+    return arrays
 
 
 _READERS = {"labels": _labels, "grey": _grey, "scores": _scores}

@@ -32,6 +32,7 @@ class Config(StrictModel):
     # a finished run of a CAM network whose backbone it goes on from; null: the backbone's own weights, as published
     start: ConfigPath | None = None
     width: int = Field(256, ge=4, multiple_of=4)  # channels of the pyramid and of the decoder
+    dropout: bool = True  # after the pyramid and in the decoder, 0.5, 0.5 and 0.1
     label_smoothing: float = Field(0.1, ge=0, lt=1)  # eps: (1 - eps) one-hot + eps / K
 
     def check_run(self, run: object) -> None:
@@ -50,7 +51,7 @@ class Method(BaseMethod):
         if cfg.start is not None:
             load_part(self.backbone, cfg.start, "generator.backbone.", "method.start")
         low, high = self.backbone.channels[1], self.backbone.channels[4]
-        self.decoder = DeepLabDecoder(low, high, num_classes + 1, cfg.width)
+        self.decoder = DeepLabDecoder(low, high, num_classes + 1, cfg.width, cfg.dropout)
 
     @property
     def weights_note(self) -> str | None:

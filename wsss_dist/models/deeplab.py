@@ -23,14 +23,16 @@ class DeepLabDecoder(nn.Module):
         high_dim: D4.
         num_outputs: K.
         width: channels of the pyramid and of the decoder, a multiple of 4.
+        dropout: with the three dropouts of the paper's code.
     """
 
-    def __init__(self, low_dim: int, high_dim: int, num_outputs: int, width: int = WIDTH):
+    def __init__(self, low_dim: int, high_dim: int, num_outputs: int, width: int = WIDTH, dropout: bool = True):
         super().__init__()
-        self.aspp = Aspp(high_dim, width)
+        drop = (0.5, 0.5, 0.1) if dropout else (0.0, 0.0, 0.0)
+        self.aspp = Aspp(high_dim, width, drop[0])
         self.reduce = _unit(low_dim, LOW, 1)
         self.fuse = nn.Sequential(
-            _unit(width + LOW, width, 3), nn.Dropout(0.5), _unit(width, width, 3), nn.Dropout(0.1)
+            _unit(width + LOW, width, 3), nn.Dropout(drop[1]), _unit(width, width, 3), nn.Dropout(drop[2])
         )
         self.score = nn.Conv2d(width, num_outputs, 1)
         for module in self.modules():
@@ -48,11 +50,11 @@ class DeepLabDecoder(nn.Module):
 class Aspp(nn.Module):
     """Atrous spatial pyramid pooling: [B, D, h, w] -> [B, width, h, w]."""
 
-    def __init__(self, dim: int, width: int = WIDTH):
+    def __init__(self, dim: int, width: int = WIDTH, dropout: float = 0.5):
         super().__init__()
         self.branches = nn.ModuleList([_unit(dim, width, 1), *(_unit(dim, width, 3, rate) for rate in RATES)])
         self.image = _unit(dim, width, 1)
-        self.project = nn.Sequential(_unit(width * (len(RATES) + 2), width, 1), nn.Dropout(0.5))
+        self.project = nn.Sequential(_unit(width * (len(RATES) + 2), width, 1), nn.Dropout(dropout))
 
     def forward(self, features: Tensor) -> Tensor:
         maps = [branch(features) for branch in self.branches]

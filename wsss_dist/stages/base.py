@@ -17,16 +17,18 @@ from typing import IO, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsss_dist import dist
 from wsss_dist.cam import rescaled
 from wsss_dist.data import DataConfig, Dataset, build_dataset, build_inference_loader, chosen_rows
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.decode import DamagedImage, read_channel
+from wsss_dist.data.maps import UnfitMap, load_scores
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
 from wsss_dist.schema import StrictModel
+from wsss_dist.trained import load_trained
 
 
 class StageConfig(StrictModel):
@@ -51,6 +53,22 @@ class Stage:
         names = dict.fromkeys(self.config.splits or [data.train_split, *data.eval_splits])
         sets = {name: build_dataset(data, name) for name in names}
         return {n: (s, chosen_rows(s, None if n == data.train_split else data.val_limit)) for n, s in sets.items()}
+
+    def network(self, run_dir: Path, ability: str = "predict", gives: str = "predictions") -> nn.Module:
+        """The trained network of the stage in `run_dir`, in evaluation mode on this rank's device.
+
+        Args:
+            run_dir: folder of a training stage.
+            ability: method that the network must have.
+            gives: what that method gives, for the message.
+        Raises:
+            UserError: it is not trained, was trained on other classes, or lacks the method.
+        """
+        (dataset, _), *_ = self.splits().values()
+        _, method = load_trained(run_dir, dataset.class_names)
+        if not hasattr(method, ability):
+            raise UserError(f"stage '{self.name}': the network of '{run_dir.name}' gives no {gives}")
+        return method
 
     def output(self, split: str, image_id: str, suffix: str) -> Path:
         """The file of an image."""
@@ -161,19 +179,15 @@ def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], 
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: torch.from_numpy(np.asarray(file[k])) for k in file.files}
-        scores = Scores(
-            arrays["labels"].long(), arrays["full"].float(), arrays["s4"].float() if "s4" in arrays else None
-        )
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds on damaged bytes, and all mean the same here
-        raise _unusable(path, folder, f"{type(error).__name__}: {error}") from None
-    _check_size(path, folder, tuple(scores.maps.shape[1:]), size)
-    if len(scores.classes) and not 0 <= int(scores.classes.min()) <= int(scores.classes.max()) < num_classes:
-        raise _unusable(path, folder, f"holds the classes {scores.classes.tolist()}, expected 0..{num_classes - 1}")
+        arrays = load_scores(path, num_classes)
+    except UnfitMap as error:
+        found, expected = error.args
+        raise _unusable(path, folder, f"{found.removeprefix('cannot be used: ')}; expected {expected}") from None
+    _check_size(path, folder, arrays["full"].shape[1:], size)
     device = dist.device()
-    small = None if scores.small is None else scores.small.to(device)
-    return Scores(scores.classes.to(device), scores.maps.to(device), small)
+    classes, maps = (torch.from_numpy(arrays[name]).to(device) for name in ("labels", "full"))
+    small = torch.from_numpy(arrays["s4"]).to(device).float() if "s4" in arrays else None
+    return Scores(classes.long(), maps.float(), small)
 
 
 def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int]) -> Tensor:

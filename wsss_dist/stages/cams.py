@@ -16,11 +16,9 @@ from pydantic import Field, PositiveFloat
 
 from wsss_dist.cam import peak_normalised, present_pairs, upsample
 from wsss_dist.data.batch import EvalSample
-from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
 from wsss_dist.stages.base import Scores, Stage, StageConfig, output, read_scores, scores_writer, views
 from wsss_dist.stages.scores import score_maps
-from wsss_dist.trained import load_trained
 
 GRID = 16  # the full maps are resized to a multiple of it, then cut
 
@@ -35,10 +33,7 @@ class Config(StageConfig):
 def run(stage: Stage) -> dict[str, Any]:
     """Make the maps; returns kind "cam"."""
     cfg: Config = stage.config
-    (dataset, _), *_ = stage.splits().values()
-    _, method = load_trained(cfg.network, dataset.class_names)
-    if not hasattr(method, "class_maps"):
-        raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no class activation maps")
+    method = stage.network(cfg.network, "class_maps", "class activation maps")
 
     @torch.no_grad()
     def work(sample: EvalSample, *_: Any):

@@ -22,7 +22,6 @@ from wsss_dist.schema import ConfigPath
 from wsss_dist.stages.base import Scores, Stage, StageConfig, read_scores, scores_writer, views
 from wsss_dist.stages.cams import picture
 from wsss_dist.stages.scores import score_maps
-from wsss_dist.trained import load_trained
 
 __all__ = ["Config", "picture", "run"]
 STRIDE = 4
@@ -42,10 +41,7 @@ class Config(StageConfig):
 def run(stage: Stage) -> dict[str, Any]:
     """Make the maps; returns kind "random_walk"."""
     cfg: Config = stage.config
-    (dataset, _), *_ = stage.splits().values()
-    _, method = load_trained(cfg.network, dataset.class_names)
-    if not hasattr(method, "edges"):
-        raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no edges")
+    method = stage.network(cfg.network, "edges", "edges")
 
     @torch.no_grad()
     def work(sample: EvalSample, split: str, dataset: Dataset):

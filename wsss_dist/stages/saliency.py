@@ -16,11 +16,9 @@ from pydantic import Field, PositiveFloat
 from wsss_dist.cam import peak_normalised, upsample
 from wsss_dist.crf import LabelCRFConfig, crf_of_labels
 from wsss_dist.data.batch import EvalSample
-from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
 from wsss_dist.stages.base import Stage, StageConfig, output, png_writer, read_png, views
 from wsss_dist.stages.scores import score_labels
-from wsss_dist.trained import load_trained
 
 
 class Config(StageConfig):
@@ -37,10 +35,7 @@ class Config(StageConfig):
 def run(stage: Stage) -> dict[str, Any]:
     """Make the pictures; returns kind "saliency": two classes, a grey map cut at one half."""
     cfg: Config = stage.config
-    (dataset, _), *_ = stage.splits().values()
-    _, method = load_trained(cfg.network, dataset.class_names)
-    if not hasattr(method, "foreground"):
-        raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no saliency")
+    method = stage.network(cfg.network, "foreground", "saliency")
 
     @torch.no_grad()
     def work(sample: EvalSample, *_: Any):

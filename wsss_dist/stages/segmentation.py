@@ -19,7 +19,6 @@ from wsss_dist.schema import ConfigPath
 from wsss_dist.stages.base import Stage, StageConfig, png_writer, read_png, views
 from wsss_dist.stages.pseudo_masks import picture
 from wsss_dist.stages.scores import score_labels
-from wsss_dist.trained import load_trained
 
 __all__ = ["Config", "picture", "run"]
 
@@ -36,8 +35,7 @@ class Config(StageConfig):
 def run(stage: Stage) -> dict[str, Any]:
     """Make the labels; returns kind "seg_crf", or "seg" without a CRF."""
     cfg: Config = stage.config
-    (dataset, _), *_ = stage.splits().values()
-    _, method = load_trained(cfg.network, dataset.class_names)
+    method = stage.network(cfg.network)
 
     @torch.no_grad()
     def work(sample: EvalSample, *_: Any):

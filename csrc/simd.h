@@ -61,6 +61,21 @@ WSSS_INLINE Vec exp_not_positive(const Vec& x) {
   return x < lowest ? Vec{} : e.p * power_of_two(e.k);
 }
 
+// ln(x) for normal x > 0; error below 1e-7 of the larger of 1 and |ln(x)|.
+WSSS_INLINE Vec log_of_normal(const Vec& x) {
+  const IntVec bits = (IntVec)x, exponent = (bits - 0x3f3504f3) >> 23;  // of x = m 2^e, sqrt(1/2) <= m < sqrt(2)
+  const Vec e = __builtin_convertvector(exponent, Vec), r = (Vec)(bits - (exponent << 23)) - 1.0f, r2 = r * r;
+  Vec p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  return (p * r * r2 - e * 2.12194440e-4f - r2 * 0.5f + r) + e * 0.693359375f;
+}
+
 // x becomes 1 / (1 + exp(-x)), relative error below 4e-7.
 WSSS_INLINE void sigmoid_lanes(Vec& x) {
   // t = exp(-x) in two factors, so that it overflows to infinity only where exp does; a NaN stays one.

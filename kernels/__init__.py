@@ -15,11 +15,13 @@ from kernels.max_upsampled_masks.op import max_upsampled_masks
 from kernels.par.op import par
 from kernels.patch_token_contrast.op import patch_token_contrast
 from kernels.path_affinity_loss.op import path_affinity_counts, path_affinity_loss
+from kernels.psl_loss.op import PSLLoss, psl_loss
 from kernels.radius_mask.op import radius_mask
 from kernels.random_walk.op import random_walk
 from kernels.select_regions.op import RegionSelection, select_regions
 
 __all__ = [
+    "PSLLoss",
     "RegionSelection",
     "available_backends",
     "c2am_contrast",
@@ -39,6 +41,7 @@ __all__ = [
     "patch_token_contrast",
     "path_affinity_counts",
     "path_affinity_loss",
+    "psl_loss",
     "radius_mask",
     "random_walk",
     "select_regions",

@@ -28,6 +28,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "patch_token_contrast": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "path_affinity_counts": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "path_affinity_loss": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
+    "psl_loss": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "radius_mask": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "random_walk": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},
     "select_regions": {"cpu": ("native", "reference"), "cuda": ("native", "reference")},

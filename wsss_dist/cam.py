@@ -6,6 +6,7 @@ Letters: B batch, C foreground classes, H W pixels, h w feature grid. Source: PC
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -92,6 +93,22 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 def present_pairs(labels: Tensor) -> Tensor:
     """Tags [B, C] -> pairs [P, 2] int64 of an image and one of its tags, image by image, classes ascending."""
     return (labels > 0).nonzero()
+
+
+def rectified_maps(maps_of: Callable[[Tensor], Tensor], images: Tensor, pairs: Tensor, mirror: bool) -> Tensor:
+    """Rectified class maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked.
+
+    Args:
+        maps_of: images -> raw class maps [B, C, h, w].
+        images: [B, 3, H, W].
+        pairs: [P, 2] image and class.
+        mirror: add the map of the mirror image, mirrored back.
+    """
+    if not mirror:
+        return maps_of(images)[pairs[:, 0], pairs[:, 1]].float().relu()
+    maps = maps_of(torch.cat([images, images.flip(-1)])).float().relu()
+    plain, mirrored = (half[pairs[:, 0], pairs[:, 1]] for half in maps.chunk(2))
+    return plain + mirrored.flip(-1)
 
 
 def merge_mirror(maps: Tensor, pairs: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,6 +15,15 @@ def tag_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.multilabel_soft_margin_loss(logits.float(), labels)
 
 
+def squared_softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared distance of softmax(logits) [B, C] to y / |y|_1 of tags y [B, C] in {0, 1}: sum over classes, mean over
+    images; an image without tags counts as 0. Source: HCP (TPAMI 2016), the loss of AE-PSL (CVPR 2017)."""
+    tags = labels.sum(1)
+    target = labels / tags.clamp_min(1)[:, None]
+    distance = (logits.float().softmax(1) - target).square().sum(1)
+    return torch.where(tags > 0, distance, 0.0).mean()
+
+
 def balanced_segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross-entropy with background and foreground averaged apart, half each (ToCo and PCRE, L_seg).
 

@@ -24,7 +24,8 @@ class OptimConfig(StrictModel):
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)  # of sgd, as nesterov
     nesterov: bool = False
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "cosine", "constant", "step"] = "poly"
+    milestones: tuple[float, ...] = (0.4, 0.8)  # of step: fractions of the run at which the rate is divided by ten
     warmup_steps: int = Field(1500, ge=0)
     warmup_ratio: float = Field(1e-6, ge=0, le=1)
     power: float = Field(0.9, gt=0)
@@ -43,6 +44,7 @@ def lr_factor(step: int, cfg: OptimConfig, total_steps: int) -> float:
     """What the base learning rate is multiplied with.
 
     With W = warmup_steps, r = warmup_ratio, M = total_steps: 1 - (1 - t/W)(1 - r) for t < W; afterwards
+    step: 0.1^n, n the milestones m with t >= m M;
     poly: (1 - t/M)^power, which jumps down at t = W as in the released PCRE and ToCo code (t counts from the start of
     the run, not from the end of the warm-up); cosine: (1 + cos(pi (t - W)/(M - W)))/2; constant: 1.
 
@@ -58,6 +60,8 @@ def lr_factor(step: int, cfg: OptimConfig, total_steps: int) -> float:
     if cfg.schedule == "cosine":
         done = (step - cfg.warmup_steps) / (total_steps - cfg.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * done))
+    if cfg.schedule == "step":
+        return 0.1 ** sum(step >= milestone * total_steps for milestone in cfg.milestones)
     return 1.0
 
 

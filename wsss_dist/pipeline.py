@@ -114,25 +114,36 @@ class Pipeline:
             return parse_config({"run": {"name": name, "dir": str(self.folder), "seed": self.run.seed}, **section})
         return parse(load_kind(kind).Config, section, "")
 
-    def start(self, only: str | None = None) -> int:
-        """Run the stages that are not done, or one of them alone, and write the table of scores and the report.
+    def start(self, only: str | None = None, until: str | None = None) -> int:
+        """Run the stages that are not done, or some of them, and write the table of scores and the report.
 
         A collective call.
 
         Args:
             only: name of the stage to run; those it reads must be done.
+            until: name of a stage to run with all that it depends on.
         Returns:
             DONE, or the exit status of a training that a signal or train.stop_after ended.
         """
-        if only is not None and only not in self.entries:
-            raise UserError(f"command line: --stage {only} is none of the stages: {', '.join(self.entries)}")
+        if only is not None and until is not None:
+            raise UserError("command line: --stage and --until exclude each other; give one of them")
+        for option, name in (("--stage", only), ("--until", until)):
+            if name is not None and name not in self.entries:
+                raise UserError(f"command line: {option} {name} is none of the stages: {', '.join(self.entries)}")
+        wanted = {only} if only is not None else self._needed(until)
         dist.init(STAGE_TIMEOUT_S)
         dist.on_main(self._take_lock)
         try:
-            return self._start(list(self.entries.values()) if only is None else [self.entries[only]])
+            return self._start([entry for name, entry in self.entries.items() if name in wanted])
         finally:
             if self._lock is not None:
                 self._lock.release()
+
+    def _needed(self, name: str | None) -> set[str]:
+        """A stage and all that it depends on; None: every stage."""
+        if name is None:
+            return set(self.entries)
+        return {name}.union(*(self._needed(other) for other in self.entries[name].inputs))
 
     def _start(self, entries: list[Entry]) -> int:
         for entry in entries:

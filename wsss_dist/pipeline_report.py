@@ -24,6 +24,8 @@ STAGE_KINDS = {
     "affinity_labels": "affinity labels, decided pixels",
     "random_walk": "random walk, best threshold of 0.05 to 0.80",
     "pseudo": "pseudo masks",
+    "regions": "mined regions, pixels of one tag alone",
+    "region_masks": "assembled masks, decided pixels",
     "seg": "segmentation",
     "seg_crf": "segmentation + CRF",
 }
@@ -53,6 +55,7 @@ def build_pipeline_report(folder: Path, stages: list[str], seed: int, data: Data
         "chosen on the split they are measured on. Maps and masks up to the pseudo masks know the tags of the image, "
         "the segmentation does not.</p>",
         _score_table(result),
+        _regions(result, pictures),
         *(_sheets(folder, manifests, data, split, images, pictures) for split in _splits(result) if data),
     ]
     path = folder / "report.html"
@@ -68,6 +71,15 @@ def scores_text(folder: Path) -> str:
     for stage, kind, scores in _rows(result):
         values = "".join(f"{percent(scores.get(s, {}).get('miou')):>12}" for s in splits)
         lines.append(f"{stage:<20} {STAGE_KINDS.get(kind, kind):<45}{values}")
+    steps = _region_steps(result)
+    if steps:
+        lines.append("mined regions, recall / precision %".ljust(66) + "".join(f"{s:>12}" for s in splits))
+    for stage, scores in steps:
+        values = (
+            " / ".join(percent(scores.get(s, {}).get(f"region_{k}")) for k in ("recall", "precision")) for s in splits
+        )
+        lines.append(f"{stage:<66}" + "".join(f"{value:>12}" for value in values))
+    lines += [next(iter(scores.values()))["stopping_rule"] for _, scores in steps if scores]
     seconds = sum(s["seconds"] for s in result["stages"])
     return "\n".join([*lines, f"{len(result['stages'])} stages, {seconds:.0f} s"])
 
@@ -100,13 +112,48 @@ def _score_table(result: dict[str, Any]) -> str:
     return table(["stage", "result", *splits, "seconds"], rows, named=2)
 
 
+def _region_steps(result: dict[str, Any]) -> list[tuple[str, dict[str, dict]]]:
+    """(stage, split -> metrics) of the steps of adversarial erasing."""
+    return [(stage, scores) for stage, kind, scores in _rows(result) if kind == "regions"]
+
+
+def _regions(result: dict[str, Any], pictures: Path) -> str:
+    """Curve and table of the mined regions after each erasing step, with what the stopping rule says."""
+    from wsss_dist import report_plots
+
+    steps, splits = _region_steps(result), _splits(result)
+    if not steps:
+        return ""
+    path = pictures / "regions.png"
+    report_plots.region_curves({s: [scores[s] for _, scores in steps if s in scores] for s in splits}, path)
+    rows = []
+    for stage, scores in steps:
+        shares = ("region_recall", "region_precision", "region_share")
+        cells = "".join(f"<td>{percent(scores.get(s, {}).get(key))}</td>" for s in splits for key in shares)
+        verdict = next(iter(scores.values()))["stopping_rule"] if scores else ""
+        rows.append(f'<tr><td>{escape(stage)}</td>{cells}<td class="name">{escape(verdict)}</td></tr>')
+    head = [f"{s}: {what}" for s in splits for what in ("recall", "precision", "share of pixels")]
+    return "\n".join(
+        [
+            "<h2>Mined regions</h2>",
+            "<p>After each step of adversarial erasing, merged with the steps before, in percent.</p>",
+            embedded(path, "recall and precision of the mined regions after each step"),
+            table(["stage", *head, "classifier"], rows),
+        ]
+    )
+
+
 def _sheets(
     folder: Path, manifests: list[dict[str, Any]], data: DataConfig, split: str, images: int, pictures: Path
 ) -> str:
     """Sheets of pictures of evenly strided images, a column per stage that makes something of an image."""
     from wsss_dist import report_plots
 
-    panels = {"heat": report_plots.heat_panel, "labels": report_plots.label_panel}
+    panels = {
+        "heat": report_plots.heat_panel,
+        "labels": report_plots.label_panel,
+        "regions": report_plots.region_panel,
+    }
     samples, columns = [], {"image": ("image", lambda image, value: value)}
     dataset = build_dataset(data, split)
     dataset.open_masks()

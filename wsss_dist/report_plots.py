@@ -66,6 +66,21 @@ def heat_panel(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
     return cv2.addWeighted(grey, 0.4, heat, 0.6, 0)
 
 
+def region_panel(image: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """The image with regions erased to the panel's mean colour, each outlined in the colour of its class.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        regions: uint8 [T, H, W], the class id 1..C inside the region of a tag, 0 outside.
+    """
+    panel = image.copy()
+    panel[regions.any(0)] = image.mean((0, 1)).round().astype(np.uint8)
+    for region in regions[regions.any((1, 2))]:
+        outlines, _ = cv2.findContours((region > 0).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(panel, outlines, -1, voc_palette()[int(region.max())].tolist(), 2)
+    return panel
+
+
 # key in a sample -> (heading, how its panel is made); the order is the order of the columns
 COLUMNS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
     "image": ("image", lambda image, value: value),
@@ -99,7 +114,7 @@ def sample_sheet(
         tags = ", ".join(class_names[t] for t in sample["tags"]) or "no tag"
         parts.append(_text_row([f"{sample['id']}: {tags}"], width, width))
         parts.append(_panel_row(sample, {key: columns[key][1] for key in keys}, width))
-    labelled = [key for key in keys if columns[key][1] is label_panel]
+    labelled = [key for key in keys if columns[key][1] in (label_panel, region_panel)]
     used = sorted({int(c) for s in samples for key in labelled if key in s for c in np.unique(s[key])} - {0, 255})
     parts.append(_legend([(class_names[c], tuple(int(v) for v in voc_palette()[c])) for c in used], width))
     _save(np.concatenate(parts), path)
@@ -116,8 +131,10 @@ def _panel_row(sample: dict[str, np.ndarray], makers: dict[str, Callable], width
         image = _scaled(sample["image"], size)
         if make is heat_panel:
             value = np.array([_scaled(m, size) for m in sample[key]], np.uint8)
+        elif make is region_panel:
+            value = np.array([_nearest(m, size) for m in sample[key]], np.uint8).reshape(-1, size[1], size[0])
         else:
-            value = cv2.resize(sample[key], size, interpolation=cv2.INTER_NEAREST_EXACT)
+            value = _nearest(sample[key], size)
         left = GAP + i * (PANEL + GAP)
         row[: size[1], left : left + size[0]] = image if key == "image" else make(image, value)
     return row
@@ -125,6 +142,10 @@ def _panel_row(sample: dict[str, np.ndarray], makers: dict[str, Callable], width
 
 def _scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if size[0] < picture.shape[1] else cv2.INTER_LINEAR)
+
+
+def _nearest(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def _text_row(texts: list[str], width: int, step: int) -> np.ndarray:
@@ -219,6 +240,28 @@ def miou_curves(lines: list[dict[str, Any]], names: dict[str, str], path: Path) 
     figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
     _finish(figure, path)
     return True
+
+
+def region_curves(points: dict[str, list[dict[str, float | None]]], path: Path) -> None:
+    """Precision and recall of mined regions (%) against the erasing step, one axis per split.
+
+    Args:
+        points: split -> metrics of step 1, 2, ... with "region_precision" and "region_recall".
+        path: the PNG.
+    """
+    figure, axes = plt.subplots(
+        1, len(points), figsize=(2.9 * len(points) + 1, 2.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (split, steps) in zip(axes.flat, points.items(), strict=True):
+        for name, colour in zip(("recall", "precision"), CURVE_COLOURS, strict=False):
+            values = [(t, m[f"region_{name}"]) for t, m in enumerate(steps, start=1)]
+            _curve(axis, [(t, 100 * v) for t, v in values if v is not None], colour, label=name, marker="o")
+        axis.set_title(f"mined regions on {split} (%)", fontsize=9, loc="left")
+        axis.set_xlabel("erasing steps merged", fontsize=8)
+        axis.set_xticks(range(1, len(steps) + 1))
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
+    _finish(figure, path)
 
 
 def _curve(axis: Any, points: list[tuple[int, float]], colour: str, **style: Any) -> None:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from wsss_dist import dist
 from wsss_dist.checkpoint import newest_weights
-from wsss_dist.config import RunConfig, load_config
+from wsss_dist.config import RunConfig, load_config, merged
 from wsss_dist.engine import WEIGHTS
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import BaseMethod
-from wsss_dist.schema import StrictModel
+from wsss_dist.schema import StrictModel, parse
 
 
 def export_weights(run_dir: Path, class_names: list[str]) -> Path:
@@ -55,22 +56,23 @@ def check_classes(path: Path, class_names: list[str]) -> None:
         )
 
 
-def load_trained(run_dir: Path, class_names: list[str]) -> tuple[RunConfig, BaseMethod]:
+def load_trained(
+    run_dir: Path, class_names: list[str], changes: dict[str, Any] | None = None
+) -> tuple[RunConfig, BaseMethod]:
     """Config and method of a finished run, in evaluation mode on this rank's device.
 
     Args:
         run_dir: folder with config.yaml and model.safetensors.
         class_names: what the method has to tell apart.
+        changes: keys of the `method:` section that take other values than in training.
     Raises:
-        UserError: the run is not finished, or was trained on other classes.
+        UserError: the run is not finished, or was trained on other classes, or `changes` are none of the method's keys.
     """
-    for name in ("config.yaml", WEIGHTS):
-        if not (run_dir / name).is_file():
-            raise UserError(
-                f"stage: {run_dir / name} is missing; run the stage '{run_dir.name}', which makes it, first"
-            )
+    cfg = config_of(run_dir)
     check_classes(run_dir / WEIGHTS, class_names)
-    cfg = load_config(run_dir / "config.yaml")
+    if changes:
+        section = merged(cfg.method.model_dump(), changes)
+        cfg = cfg.model_copy(update={"method": parse(type(cfg.method), section, "method")})
     method = load_method(cfg.method_name).Method(without_weights(cfg.method), len(class_names), cfg.train.steps)
     try:
         method.load_state_dict(load_file(run_dir / WEIGHTS))
@@ -81,6 +83,16 @@ def load_trained(run_dir: Path, class_names: list[str]) -> tuple[RunConfig, Base
         ) from None
     method.after_load()
     return cfg, method.to(dist.device()).eval()
+
+
+def config_of(run_dir: Path) -> RunConfig:
+    """Config of a finished run. Raises UserError where it is not finished."""
+    for name in ("config.yaml", WEIGHTS):
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"stage: {run_dir / name} is missing; run the stage '{run_dir.name}', which makes it, first"
+            )
+    return load_config(run_dir / "config.yaml")
 
 
 def without_weights(method: StrictModel) -> StrictModel:

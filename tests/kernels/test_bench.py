@@ -19,6 +19,7 @@ TINY = {
     "max_upsampled_masks": (2, 4, 5, 2, 6, 2.0, True),
     "par": (1, 2, 9, 8),
     "path_affinity_loss": (2, 9, 12, 3),
+    "psl_loss": (2, 6, 9, 8),
     "radius_mask": (2, 4, 5, 2.0, True),
     "random_walk": (1, 3, 9, 8),
     "select_regions": (2, 6, 7, 12, 2, 3.0),

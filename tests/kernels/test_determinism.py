@@ -123,6 +123,14 @@ def path_affinity_counts(order, backend):
     return [kernels.path_affinity_counts(labels, radius=4, ignore_index=2, backend=backend)], [torch.stack(own)]
 
 
+def psl_loss(order, backend):
+    logits = leaf(3 * randn(3, 5, 100, 130)[order])
+    labels, present = (rand(3, 100, 130) * 6).long()[order], (rand(3, 4) < 0.6)[order]
+    out = kernels.psl_loss(logits, rand(3, 4)[order], labels, present, ignore_index=5, backend=backend)
+    grads = torch.autograd.grad((out.labelled + out.online).sum(), logits)
+    return [], [*(x.detach() for x in out), *grads]
+
+
 def erase_soft(order, backend):
     images, maps = picture(41, 53)[order], leaf(randn(3, 9, 10)[order])
     out = kernels.erase_soft(images, maps, backend=backend)
@@ -158,6 +166,7 @@ CASES = {
     "patch_token_contrast": patch_token_contrast,
     "path_affinity_counts": path_affinity_counts,
     "path_affinity_loss": path_affinity_loss,
+    "psl_loss": psl_loss,
     "radius_mask": radius_mask,
     "random_walk": random_walk,
     "select_regions": select_regions,

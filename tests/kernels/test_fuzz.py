@@ -341,6 +341,34 @@ def test_fuzz_path_affinity_counts(data, count, spoil):
 
 
 @fuzz
+@given(st.data(), st.integers(1, 2), spoils(4))
+def test_fuzz_psl_loss(data, count, spoil):
+    b, k, h, w = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), SIZES, st.integers(0, 45)))
+    logits = data.draw(tensors((b, k, h, w), FINITE, HALF_OR_SINGLE))
+    assume(logits.isfinite().all())
+    confidences = data.draw(tensors((b, k - 1), ("unit", "zero"), HALF_OR_SINGLE))
+    labels = data.draw(tensors((b, h, w), ("steps", "zero", "unit"), INTEGERS)).long().remainder(k + 1)
+    rest = confidences, labels, data.draw(bools((b, k - 1), 0.6))
+    logits = logits.detach().requires_grad_()
+    with threads(count):
+        out = call("psl_loss", logits, *rest, spoil=spoil, ignore_index=k)
+        if spoil is not None:
+            return
+        (grad,) = torch.autograd.grad((out.labelled + out.online).sum(), logits)
+    assert out.labelled.shape == (b,) and out.mask.shape == (b, h, w)
+    assert grad.shape == logits.shape and grad.dtype == logits.dtype
+    all_finite(out.labelled, out.online, grad)
+    twin = logits.detach().float().requires_grad_()
+    want = kernels.psl_loss(twin, *rest, ignore_index=k, backend="reference")
+    assert all(torch.equal(x, y) for x, y in zip(out[2:], want[2:], strict=True))
+    for x, y in zip(out[:2], want[:2], strict=True):
+        same(x, y, 1e-5, 1e-5)
+    # The gradient comes in the dtype of the logits; bf16 keeps 8 bits of it, and fp16 has steps of 6e-8.
+    (own,) = torch.autograd.grad((want.labelled + want.online).sum(), twin)
+    same(grad, own, 1e-5 if logits.dtype == torch.float32 else 1e-2, 2e-6)
+
+
+@fuzz
 @given(st.data(), st.integers(1, 2), spoils(2))
 def test_fuzz_erase(data, count, spoil):
     b, height, width = data.draw(st.tuples(st.integers(0, 3), SIZES, st.integers(0, 35)))

@@ -203,6 +203,25 @@ def path_affinity_loss(draw):
     return draw(floats(shape)), draw(edge_labels(shape)), *rest
 
 
+@st.composite
+def psl_loss(draw):
+    b, k, h, w = draw(st.tuples(st.integers(0, 3), st.integers(1, 24), SIZES, st.integers(0, 140)))
+    logits, weights = draw(floats((b, k, h, w), FLOATS[:3])), draw(floats((b, k)))
+    labels = tensors((b, h, w), ("steps", "zero", "unit"), (torch.int64,)).map(lambda x: x.clamp(-1, k))
+    positive = labels.map(lambda x: x.abs().clamp(max=k - 1))
+    return logits, weights, draw(wanted_or_any(positive | labels)), draw(wanted_or_any(bools((b, k - 1)))), draw(INTS)
+
+
+@st.composite
+def psl_loss_backward(draw):
+    logits, _, *rest, ignore_index = draw(psl_loss())
+    b, h, w = logits.shape[0] if logits.dim() > 0 else 2, *(logits.shape[2:] if logits.dim() == 4 else (1, 1))
+    flows = draw(floats((b,))), draw(floats((b,)))
+    mask = draw(wanted_or_any(tensors((b, h, w), ("unit", "steps", "tame"), (torch.uint8,))))
+    counts = draw(wanted_or_any(tensors((b, 2), ("steps", "unit"), (torch.int64,))))
+    return *flows, logits, *rest, mask, counts, ignore_index
+
+
 WIDE = (torch.float32, torch.float64)
 
 
@@ -282,6 +301,8 @@ ARGUMENTS = [
     max_upsampled_masks_backward,
     path_affinity_counts,
     path_affinity_loss,
+    psl_loss,
+    psl_loss_backward,
     erase_maximum,
     erase_maximum_backward,
     erase_soft,

@@ -46,6 +46,13 @@ def paths(d):
     return [counts.float(), loss, 1e3 * logits.grad]
 
 
+def prohibited(d):
+    logits, labels = torch.randn(2, 5, 20, 30).to(d).requires_grad_(), torch.randint(0, 5, (2, 20, 30)).to(d)
+    out = kernels.psl_loss(logits, torch.rand(2, 4).to(d), labels, torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1]]).to(d))
+    (out.labelled + out.online).sum().backward()
+    return [*(x.float() for x in out), 1e3 * logits.grad]
+
+
 def masks(d):
     images, maps = torch.randn(2, 3, 33, 50).to(d), torch.randn(2, 5, 6).to(d).requires_grad_()
     out = kernels.erase_soft(images, maps)
@@ -58,7 +65,7 @@ def vectors(d):
     return [*terms, *torch.autograd.grad(sum(terms), leaves)]
 
 
-CASES = [contrast, regions, discs, fields, paths, masks, vectors]
+CASES = [contrast, regions, discs, fields, paths, prohibited, masks, vectors]
 
 
 @pytest.mark.gpu

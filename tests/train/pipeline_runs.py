@@ -1,4 +1,4 @@
-"""A multi-stage run of P-NOC, every stage, on pictures of 64 x 64 with networks that learn nothing in two steps."""
+"""Multi-stage runs, P-NOC's and AE-PSL's, on pictures of 64 x 64 with networks that learn nothing in two steps."""
 
 from __future__ import annotations
 
@@ -8,27 +8,23 @@ from typing import Any
 
 import yaml
 
+from wsss_dist.data import Dataset, build_dataset
 from wsss_dist.pipeline import Pipeline
 
 NET = {"name": "resnet18", "weights": None}
 FIXED = {**NET, "norm": "fix"}
 
 
+def maps(name: str, stage: str, kind: str) -> dict[str, Any]:
+    """The data section of a training on what `stage` made."""
+    return {"maps": {name: {"dir": f"${{{stage}}}/out/train", "kind": kind, "made_by": f"stage {stage}"}}}
+
+
 def values(root: Path, folder: Path) -> dict[str, Any]:
-    """The sections of the config file."""
-
-    def maps(name: str, stage: str, kind: str) -> dict:
-        return {"maps": {name: {"dir": f"${{{stage}}}/out/train", "kind": kind, "made_by": f"stage {stage}"}}}
-
+    """P-NOC, the sections of the config file."""
     second = {"backbone": FIXED, "weights": "${classifier}/model.safetensors"}
     crf = {"iterations": 2}
-    return {
-        "run": {"name": "chain", "dir": str(folder), "seed": 3},
-        "data": {"format": "coco", "root": str(root), "eval_splits": ["val"], "crop": 64, "augment": "squash"}
-        | {"num_workers": 0, "untagged": "drop"},
-        "optim": {"lr": 1e-3, "warmup_steps": 0},
-        "train": {"steps": 3, "global_batch": 2, "micro_batch": 2, "engine": "plain", "save_every": 1},
-        "report": {"num_images": 2},
+    return common(root, folder) | {
         "stages": {
             "classifier": {"kind": "train", "method": {"name": "pnoc", "variant": "plain", "backbone": NET}},
             "cam_network": {"kind": "train", "method": {"name": "pnoc", "backbone": NET, "second": second}},
@@ -62,6 +58,50 @@ def values(root: Path, folder: Path) -> dict[str, Any]:
             "segmentation": {"kind": "segmentation", "network": "${deeplab}", "scales": [1.0], "splits": ["val"]},
         },
     }
+
+
+def common(root: Path, folder: Path) -> dict[str, Any]:
+    """The sections that every stage has."""
+    return {
+        "run": {"name": "chain", "dir": str(folder), "seed": 3},
+        "data": {"format": "coco", "root": str(root), "eval_splits": ["val"], "crop": 64, "augment": "squash"}
+        | {"num_workers": 0, "untagged": "drop"},
+        "optim": {"lr": 1e-3, "warmup_steps": 0},
+        "train": {"steps": 3, "global_batch": 2, "micro_batch": 2, "engine": "plain", "save_every": 1},
+        "report": {"num_images": 2},
+    }
+
+
+def erasing_values(root: Path, folder: Path) -> dict[str, Any]:
+    """AE-PSL with three steps of erasing, the sections of the config file."""
+    net = {**NET, "output_stride": 16}
+    classifier = {"name": "aepsl", "variant": "erasing", "backbone": net}
+    stages = {}
+    for step in (1, 2, 3):
+        before = {} if step == 1 else {"before": f"${{regions_{step - 1}}}"}
+        data = {} if step == 1 else {"data": maps("erased", f"regions_{step - 1}", "erased")}
+        log = {"log_every": 1}
+        stages[f"erasing_{step}"] = {"kind": "train", "method": classifier, "train": log, **data}
+        stages[f"regions_{step}"] = {"kind": "regions", "network": f"${{erasing_{step}}}", **before}
+    psl = {"name": "aepsl", "variant": "segmentation", "backbone": net}
+    stages |= {
+        "cams": {"kind": "cams", "network": "${erasing_1}", "scales": [1.0]},
+        "masks": {"kind": "region_masks", "regions": "${regions_2}", "cams": "${cams}", "cam_background": 0.3},
+        "psl": {"kind": "train", "method": psl, "data": maps("labels", "masks", "labels")},
+        "psl_masks": {"kind": "segmentation", "network": "${psl}", "scales": [1.0], "splits": ["train"]},
+        "psl_plus": {"kind": "train", "method": psl, "data": maps("labels", "psl_masks", "labels")},
+        "segmentation": {"kind": "segmentation", "network": "${psl_plus}", "scales": [1.0], "splits": ["val"]},
+        "bound": {"kind": "segmentation", "network": "${psl_plus}", "scales": [1.0], "splits": ["val"]}
+        | {"method": {"prohibit_by": "tags"}},
+    }
+    return common(root, folder) | {"stages": stages}
+
+
+def dataset(pipeline: Pipeline, split: str) -> Dataset:
+    """A split of the run, with its masks."""
+    found = build_dataset(pipeline.data, split)
+    found.open_masks()
+    return found
 
 
 def start(config: dict[str, Any], only: str | None = None) -> int:

@@ -24,7 +24,8 @@ class Batch:
     draws   [B] float64, one uniform number in [0, 1) per image from (seed, step, position) for what a method draws by
             image, so that it depends neither on the ranks nor on the micro batches; training alone has it.
     maps    name -> [B, H, W] of what an earlier stage made (`data.maps`): uint8 for kind "labels" (0 background, 1..C
-            classes, 255 undecided or padding), else float32 (padding 0).
+            classes, 255 undecided or padding) and "erased" (1 where `images` has the mean colour instead of the
+            image's), else float32 (padding 0).
     """
 
     images: Tensor

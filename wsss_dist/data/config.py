@@ -9,14 +9,16 @@ from pydantic import Field, ValidationInfo, field_validator
 from wsss_dist.schema import ConfigPath, StrictModel
 
 # kind of a map -> what it holds outside the image
-PADDING = {"labels": 255, "grey": 0, "scores": 0}
+PADDING = {"labels": 255, "grey": 0, "scores": 0, "erased": 0}
+# kinds whose values are ids, not amounts: they are resized by the nearest pixel
+OF_IDS = ("labels", "erased")
 
 
 class MapConfig(StrictModel):
     """One file per image that an earlier stage made; `wsss_dist/data/maps.py` holds the formats."""
 
     dir: ConfigPath
-    kind: Literal["labels", "grey", "scores"]
+    kind: Literal["labels", "grey", "scores", "erased"]
     # the stage or command that makes the files, for the message where one is wrong
     made_by: str | None = None
 

@@ -16,6 +16,7 @@ from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.data.config import DataConfig
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.decode import DamagedImage
+from wsss_dist.data.erased import fill_erased, read_manifest
 from wsss_dist.data.maps import check_maps, read_maps
 from wsss_dist.data.transforms import augment, clear_padding, normalise, sample_generator
 from wsss_dist.errors import UserError
@@ -129,6 +130,8 @@ class _TrainSamples(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, cfg: DataConfig, seed: int) -> None:
         self.dataset, self.cfg, self.seed = dataset, cfg, seed
+        erased = {name: m for name, m in cfg.maps.items() if m.kind == "erased"}
+        self.means = {name: read_manifest(m.dir).mean for name, m in erased.items()}
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[Batch | UserError]:
         try:
@@ -151,6 +154,9 @@ class _TrainSamples(torch.utils.data.Dataset):
         boxes = [sample.box for sample in samples]
         if self.cfg.padding == "mean":
             clear_padding(images, boxes)
+        stacked = {name: torch.stack([sample.maps[name] for sample in samples]) for name in self.cfg.maps}
+        for name, mean in self.means.items():
+            fill_erased(images, stacked[name], mean)
         return Batch(
             images=images,
             labels=torch.stack(labels),
@@ -159,7 +165,7 @@ class _TrainSamples(torch.utils.data.Dataset):
             flipped=torch.tensor([sample.flipped for sample in samples]),
             damaged=damaged,
             draws=torch.tensor(draws, dtype=torch.float64),
-            maps={name: torch.stack([sample.maps[name] for sample in samples]) for name in self.cfg.maps},
+            maps=stacked,
         )
 
 

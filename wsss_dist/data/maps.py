@@ -5,6 +5,8 @@
     scores  DIR/<id>.npz   `labels` int16 [K], indices 0..C-1 of the classes present, and `full` float16 [K, H, W], the
                            scores of each; given as float32 [H, W], the largest of the K. It is zero where K = 0, and
                            for an image without a tag, which needs no file.
+    erased  DIR/<id>.npz   regions that adversarial erasing has mined (`wsss_dist/data/erased.py`); given as uint8
+                           [H, W], 1 where any tag has its region, and the loader gives those pixels the mean colour
 
 H W is the size of the image. A map is no ground truth: a file in a mask folder of the data set is refused. A wrong map
 is a mistake to put right, never a damaged image to replace.
@@ -19,13 +21,17 @@ import numpy as np
 from wsss_dist.data.config import MapConfig
 from wsss_dist.data.dataset import Dataset, missing_files
 from wsss_dist.data.decode import DamagedImage, read_channel
+from wsss_dist.data.erased import UnfitRegions, load_regions, read_manifest
 from wsss_dist.errors import UserError
 
 _FORMAT = {
     "labels": "a single-channel PNG of class ids",
     "grey": "an 8-bit grey PNG",
     "scores": "an .npz of `labels` [K], whole numbers, and `full` [K, height, width], floating point",
+    "erased": "an .npz of mined regions",
 }
+# kinds that hold something of each tag
+_OF_TAGS = ("scores", "erased")
 
 
 class UnfitMap(Exception):
@@ -38,7 +44,7 @@ def map_path(cfg: MapConfig, image_id: str) -> Path:
 
 
 def _file_name(cfg: MapConfig, image_id: str) -> str:
-    return f"{image_id}.{'npz' if cfg.kind == 'scores' else 'png'}"
+    return f"{image_id}.{'npz' if cfg.kind in _OF_TAGS else 'png'}"
 
 
 def read_maps(dataset: Dataset, i: int, maps: dict[str, MapConfig], size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -58,7 +64,7 @@ def read_maps(dataset: Dataset, i: int, maps: dict[str, MapConfig], size: tuple[
 def _read_map(dataset: Dataset, i: int, name: str, cfg: MapConfig, size: tuple[int, int]) -> np.ndarray:
     path = map_path(cfg, dataset.id(i))
     if not _needs_file(dataset, i, cfg) and not path.is_file():
-        return np.zeros(size, np.float32)
+        return np.zeros(size, np.float32 if cfg.kind == "scores" else np.uint8)
     try:
         values = _READERS[cfg.kind](path, len(dataset.class_names))
         if values.shape != size:
@@ -84,6 +90,8 @@ def check_maps(dataset: Dataset, maps: dict[str, MapConfig], count: int = 8) -> 
     """
     for name, cfg in maps.items():
         _check_complete(dataset, name, cfg)
+        if cfg.kind == "erased":
+            read_manifest(cfg.dir).check(cfg.dir, dataset)
     for k in range(min(count, len(dataset)) if maps else 0):
         i = k * len(dataset) // min(count, len(dataset))
         for name, cfg in maps.items():
@@ -120,7 +128,7 @@ def _check_is_no_mask(dataset: Dataset, path: Path, name: str) -> None:
 
 
 def _needs_file(dataset: Dataset, i: int, cfg: MapConfig) -> bool:
-    return cfg.kind != "scores" or bool(dataset.tags[i].any())
+    return cfg.kind not in _OF_TAGS or bool(dataset.tags[i].any())
 
 
 def _fix(name: str, cfg: MapConfig) -> str:
@@ -184,4 +192,11 @@ def load_scores(path: Path, num_classes: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-_READERS = {"labels": _labels, "grey": _grey, "scores": _scores}
+def _erased(path: Path, num_classes: int) -> np.ndarray:
+    try:
+        return load_regions(path, num_classes)[1].any(axis=0).astype(np.uint8)
+    except UnfitRegions as error:
+        raise UnfitMap(*error.args) from None
+
+
+_READERS = {"labels": _labels, "grey": _grey, "scores": _scores, "erased": _erased}

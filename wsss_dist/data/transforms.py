@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from wsss_dist.data.config import PADDING, DataConfig
+from wsss_dist.data.config import OF_IDS, PADDING, DataConfig
 from wsss_dist.data.rand_augment import rand_augment
 
 # ImageNet statistics of RGB in [0, 1], which the pretrained backbones expect.
@@ -74,14 +74,14 @@ def augment(
        "native".
     5. The photometric changes, where configured.
 
-    Maps go through 1, 2 and 4: class labels by the nearest pixel and padded with 255, other maps bilinearly and padded
-    with 0.
+    Maps go through 1, 2 and 4: class labels by the nearest pixel and padded with 255, erased regions by the nearest
+    pixel, other maps bilinearly, both padded with 0.
 
     Args:
         image: uint8 [H, W, 3] RGB.
         cfg: crop, augment, scale, long_side, squash_size, flip, jitter, rand_augment, photometric, maps.
         rng: all randomness. Jitter and RandAugment have streams of their own, which nothing before them shifts.
-        maps: name -> [H, W], uint8 for kind "labels", else float32; names as in cfg.maps.
+        maps: name -> [H, W], uint8 for kinds "labels" and "erased", else float32; names as in cfg.maps.
     """
     size = _resized(image.shape[:2], cfg, rng)
     flipped = bool(rng.random() < 0.5) and cfg.flip
@@ -101,7 +101,7 @@ def augment(
     for name, values in (maps or {}).items():
         kind = cfg.maps[name].kind
         # nearest-exact has half-pixel centres, as the other filters have
-        mode = InterpolationMode.NEAREST_EXACT if kind == "labels" else InterpolationMode.BILINEAR
+        mode = InterpolationMode.NEAREST_EXACT if kind in OF_IDS else InterpolationMode.BILINEAR
         values = _placed(torch.from_numpy(values)[None], size, mode, flipped)
         moved[name] = _cut(values, window, PADDING[kind])[0]
     return Augmented(picture.contiguous(), window.box, flipped, moved)

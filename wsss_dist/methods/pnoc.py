@@ -211,11 +211,9 @@ class Method(BaseMethod):
             total = total + cams.upsample(maps[:, None], size)[:, 0]
         return Prediction(cam=cams.all_classes(cams.peak_normalised(total), pairs, batch.labels))
 
-    def class_maps(self, images: Tensor, pairs: Tensor) -> Tensor:
-        """Rectified maps [P, h, w] of images [B, 3, H, W] plus those of their mirror images, of P pairs alone."""
-        maps = self.generator(torch.cat([images, images.flip(-1)])).float().relu()
-        plain, mirrored = (half[pairs[:, 0], pairs[:, 1]] for half in maps.chunk(2))
-        return plain + mirrored.flip(-1)
+    def class_maps(self, images: Tensor, pairs: Tensor, mirror: bool = True) -> Tensor:
+        """Rectified maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""
+        return cams.rectified_maps(self.generator, images, pairs, mirror)
 
     def _smooth(self, labels: Tensor) -> Tensor:
         return (1 - self.cfg.label_smoothing) * labels + self.cfg.label_smoothing / 2

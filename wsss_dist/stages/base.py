@@ -54,18 +54,25 @@ class Stage:
         sets = {name: build_dataset(data, name) for name in names}
         return {n: (s, chosen_rows(s, None if n == data.train_split else data.val_limit)) for n, s in sets.items()}
 
-    def network(self, run_dir: Path, ability: str = "predict", gives: str = "predictions") -> nn.Module:
+    def network(
+        self,
+        run_dir: Path,
+        ability: str = "predict",
+        gives: str = "predictions",
+        changes: dict[str, Any] | None = None,
+    ) -> nn.Module:
         """The trained network of the stage in `run_dir`, in evaluation mode on this rank's device.
 
         Args:
             run_dir: folder of a training stage.
             ability: method that the network must have.
             gives: what that method gives, for the message.
+            changes: keys of its `method:` section that take other values than in training.
         Raises:
             UserError: it is not trained, was trained on other classes, or lacks the method.
         """
         (dataset, _), *_ = self.splits().values()
-        _, method = load_trained(run_dir, dataset.class_names)
+        _, method = load_trained(run_dir, dataset.class_names, changes)
         if not hasattr(method, ability):
             raise UserError(f"stage '{self.name}': the network of '{run_dir.name}' gives no {gives}")
         return method
@@ -203,6 +210,28 @@ def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int]) -> 
         raise _unusable(path, folder, error.reason) from None
     _check_size(path, folder, picture.shape, size)
     return torch.from_numpy(picture).to(dist.device())
+
+
+def grey_of(folder: Path, split: str, image_id: str, size: tuple[int, int], dataset: Dataset) -> Tensor:
+    """The grey map of an image, float32 [H, W] in [0, 1], of a stage's folder or from DIR/<split>/<id>.png.
+
+    Raises:
+        UserError: missing, not 8-bit grey or of another size; names the map and the image.
+    """
+    path = output(folder, split, image_id, ".png")
+    if not (folder / "out").is_dir():
+        path = folder / split / f"{image_id}.png"
+    try:
+        picture = read_channel(path, ("L",))
+        reason = f"is {picture.shape[0]} x {picture.shape[1]} (height x width)" if picture.shape != size else None
+    except DamagedImage as error:
+        reason = f"cannot be used ({error.reason})"
+    if reason is not None:
+        raise UserError(
+            f"stage: the saliency map {path} {reason}; expected an 8-bit grey PNG of {size[0]} x {size[1]}, as the "
+            f"image {image_id} of '{dataset.name}': make it again"
+        )
+    return torch.from_numpy(picture).to(dist.device()).float() / 255
 
 
 def _check_size(path: Path, folder: Path, found: tuple[int, ...], size: tuple[int, int]) -> None:

@@ -80,6 +80,47 @@ def score_labels(
     return out
 
 
+def score_regions(
+    stage: Stage, read: Callable[[str, str, tuple[int, int], int], tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """Precision and recall of regions per tag, over all pixels and tags; mIoU of the pixels that one region claims.
+
+    Args:
+        stage: the stage.
+        read: (split, id, size, number of classes) -> tags [K] and regions bool [K, H, W].
+    Returns:
+        split -> {"regions": metrics with "region_precision", "region_recall", "region_share"}, fractions: of the
+        claimed pixels those of the tag, of the tag's pixels those claimed, of all pixels those claimed by any tag.
+    """
+    out = {}
+    for split, dataset, mine in _scored(stage):
+        matrix = ConfusionMatrix(len(dataset.class_names) + 1)
+        counts = torch.zeros(5, dtype=torch.int64)  # hits, claimed, true pixels, claimed by any, all
+        for row in mine:
+            truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
+            classes, regions = read(split, dataset.id(row), tuple(truth.shape), len(dataset.class_names))
+            valid = truth != IGNORE
+            own = (truth == classes[:, None, None] + 1) & valid
+            regions = regions & valid
+            claims = regions.sum(0)
+            tagged = (truth > 0) & valid
+            sums = [(regions & own).sum(), regions.sum(), tagged.sum(), (claims > 0).sum(), valid.sum()]
+            counts += torch.stack(sums).cpu()
+            names = torch.cat([classes + 1, classes.new_zeros(1)])
+            first = torch.cat([regions, torch.ones_like(valid)[None]]).int().argmax(0)
+            matrix.update(torch.where(claims == 1, names[first], 0), truth)
+        hits, claimed, true, area, pixels = dist.all_reduce_sum(counts).tolist()
+        out[split] = {
+            "regions": {
+                **matrix.reduced().summary(),
+                "region_precision": hits / claimed if claimed else None,
+                "region_recall": hits / true if true else None,
+                "region_share": area / pixels if pixels else None,
+            }
+        }
+    return out
+
+
 def _scored(stage: Stage) -> list[tuple[str, Dataset, list[int]]]:
     """Split, data set and this rank's images, of the splits with masks."""
     found = []

@@ -27,6 +27,7 @@ class Config(StageConfig):
     """Segmentation inference; the defaults are P-NOC's for VOC."""
 
     network: ConfigPath  # folder of a training stage
+    method: dict[str, Any] = {}  # keys of its method section that take other values than in training
     scales: list[PositiveFloat] = Field([0.5, 1.0, 1.5, 2.0], min_length=1)  # each with its mirror image
     fuse: Literal["mean", "voc", "coco"] = "mean"  # how the logits of the scales are merged
     crf: CRFConfig | None = CRFConfig(spatial=(3.0, 1.0), bilateral=(67.0, 3.0, 4.0))
@@ -35,7 +36,7 @@ class Config(StageConfig):
 def run(stage: Stage) -> dict[str, Any]:
     """Make the labels; returns kind "seg_crf", or "seg" without a CRF."""
     cfg: Config = stage.config
-    method = stage.network(cfg.network)
+    method = stage.network(cfg.network, changes=cfg.method)
 
     @torch.no_grad()
     def work(sample: EvalSample, *_: Any):

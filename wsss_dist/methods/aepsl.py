@@ -1,0 +1,197 @@
+"""AE-PSL (CVPR 2017, arXiv 1703.08448): the classifiers of adversarial erasing, and prohibitive segmentation learning.
+
+`variant` "erasing" is the classifier M_t of one erasing step; it is trained on images whose regions of the steps before
+are erased (a map of kind "erased"), and the stage `regions` mines what it finds. "segmentation" is the network with two
+branches that learns from the assembled masks and, with `psl`, from its own prediction weighted by its classifier.
+
+Letters: B batch, C foreground classes, K = C + 1 with background, H W pixels, h w the grid of the backbone, y tags.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+import kernels
+from wsss_dist import cam as cams
+from wsss_dist.data.batch import Batch
+from wsss_dist.losses import squared_softmax_loss, tag_loss
+from wsss_dist.methods.base import BaseMethod, Prediction, check_stage
+from wsss_dist.models.cam_heads import CamHead
+from wsss_dist.models.groups import pretrained_and_new
+from wsss_dist.models.pretrained import load_part
+from wsss_dist.models.trunk import Trunk, TrunkConfig
+from wsss_dist.schema import ConfigPath, StrictModel
+
+IGNORE = 255
+NEVER = -1e4  # logarithm of the weight of a prohibited class
+
+
+class Config(StrictModel):
+    """AE-PSL; the defaults are those of the paper, where it names them."""
+
+    variant: Literal["erasing", "segmentation"]
+    backbone: TrunkConfig = TrunkConfig()
+    # a finished run with this backbone to go on from, such as the classifier of the step before; null: the backbone's
+    # own weights, as published
+    start: ConfigPath | None = None
+    # squared: HCP's squared distance of the softmax to the tags' shares; bce: multi-label soft margin of the logits
+    tag_loss: Literal["squared", "bce"] = "squared"
+    # ---- of variant segmentation
+    psl: Literal["scores", "tags", "ones", "off"] = "scores"  # weights of the classes in the online mask
+    psl_warmup: float = Field(0.0, ge=0, le=1)  # share of the run without the term of the online mask
+    # pixels of the loss: those of the masks at the corners of the grid, or all, with the logits resized to them
+    loss_size: Literal["grid", "full"] = "grid"
+    scale_scores: bool = False  # divide the scores of an image by their maximum before they weight the classes
+    # at test time, classes with a score below this are prohibited ...
+    prohibition: float = Field(0.1, ge=0, le=1)
+    # ... by their scores, by the image's tags (the bound "+GT"), or not at all
+    prohibit_by: Literal["scores", "tags", "nothing"] = "scores"
+
+    @model_validator(mode="after")
+    def _prohibition_needs_scores(self) -> Config:
+        if self.prohibit_by != "scores" and self.prohibition != Config.model_fields["prohibition"].default:
+            raise ValueError(f"'prohibition' is for prohibit_by: scores, not {self.prohibit_by}; remove one of the two")
+        return self
+
+    def check_run(self, run: object) -> None:
+        """What must hold between the method and the rest of the run."""
+        if self.variant == "segmentation":
+            check_stage(run, needs="labels", scored=True)
+
+
+class Method(BaseMethod):
+    """Backbone, a classifier on the mean of its features, in "segmentation" also one of each position."""
+
+    def __init__(self, cfg: Config, num_classes: int, train_steps: int):
+        super().__init__()
+        self.cfg, self.train_steps = cfg, train_steps
+        self.backbone = Trunk(cfg.backbone)
+        self.patch_size = self.backbone.patch_size
+        self.head = CamHead(self.backbone.dim, num_classes)
+        nn.init.normal_(self.head.conv.weight, std=0.01)
+        if cfg.start is not None:
+            load_part(self.backbone, cfg.start, "backbone.", "method.start")
+            load_part(self.head, cfg.start, "head.", "method.start")
+        self.segmenter = None
+        if cfg.variant == "segmentation":
+            self.segmenter = nn.Conv2d(self.backbone.dim, num_classes + 1, 1)
+            nn.init.normal_(self.segmenter.weight, std=0.01)
+            nn.init.zeros_(self.segmenter.bias)
+
+    @property
+    def weights_note(self) -> str | None:
+        """What the backbone's weights file says of its origin."""
+        return self.backbone.weights_note
+
+    def trained_weights(self) -> list[Path]:
+        """The start of backbone and classifier."""
+        return [] if self.cfg.start is None else [self.cfg.start]
+
+    def param_groups(self) -> list[dict]:
+        """Pretrained weights x1, biases x2, new weights x10, new biases x20."""
+        heads = [self.head] if self.segmenter is None else [self.head, self.segmenter]
+        return pretrained_and_new(self.backbone.pretrained, [*self.backbone.new, *heads])
+
+    def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """L_cls, and in "segmentation" J(f, S) + J(f, S^) + L_cls, means over the images."""
+        features = self.backbone(batch.images)
+        scores = self.head(features, True).float()
+        loss_cls = self._tag_loss(scores, batch.labels)
+        if self.segmenter is None:
+            return {"loss": loss_cls, "loss_cls": loss_cls.detach()}
+        logits, labels = self.segmenter(features), batch.maps["labels"]
+        if self.cfg.loss_size == "full":
+            logits = cams.upsample(logits.float(), labels.shape[-2:])
+        else:
+            labels = at_corners(labels, logits.shape[-2:])
+        terms = kernels.psl_loss(logits, self._weights(scores, batch.labels), labels, batch.labels)
+        out = {
+            "loss_cls": loss_cls.detach(),
+            "loss_mask": terms.labelled.mean().detach(),
+            "unlabelled_images": (terms.labelled_pixels == 0).float().mean(),
+        }
+        loss = loss_cls + terms.labelled.mean()
+        if self.cfg.psl != "off":
+            out["loss_online"] = terms.online.mean().detach()
+            out["prohibited"] = 1 - terms.online_pixels.float().mean() / terms.mask[0].numel()
+            if step >= self.cfg.psl_warmup * self.train_steps:
+                loss = loss + terms.online.mean()
+        return {"loss": loss, **out}
+
+    @torch.no_grad()
+    def predict(
+        self,
+        batch: Batch,
+        *,
+        cam_scales: list[float],
+        seg_scales: list[float],
+        fuse: str,
+        step: int | None = None,
+        extras: bool = False,
+    ) -> Prediction:
+        """CAM of "erasing"; of "segmentation" the log of w f, with w the weights that prohibit classes."""
+        if self.segmenter is None:
+            size, pairs = batch.images.shape[-2:], cams.present_pairs(batch.labels)
+            total = 0.0
+            for scale in cam_scales:
+                maps = self.class_maps(cams.rescaled(batch.images, scale), pairs)
+                total = total + cams.upsample(maps[:, None], size)[:, 0]
+            return Prediction(cam=cams.all_classes(cams.peak_normalised(total), pairs, batch.labels))
+        per_scale, single = [], None
+        size = batch.images.shape[-2:]
+        for scale in seg_scales:
+            x = cams.rescaled(batch.images, scale)
+            plain, mirrored = self._predict(torch.cat([x, x.flip(-1)]), batch.labels.repeat(2, 1)).chunk(2)
+            per_scale.append((cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size)) / 2)
+            if scale == 1.0:
+                single = cams.upsample(plain, size)
+        return Prediction(logits=cams.fuse_logits(per_scale, seg_scales, fuse), single=single)
+
+    def class_maps(self, images: Tensor, pairs: Tensor, mirror: bool = True) -> Tensor:
+        """Rectified maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""
+        return cams.rectified_maps(lambda x: self.head(self.backbone(x)), images, pairs, mirror)
+
+    def _tag_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return squared_softmax_loss(scores, labels) if self.cfg.tag_loss == "squared" else tag_loss(scores, labels)
+
+    def _confidences(self, scores: Tensor) -> Tensor:
+        """v [B, C] in [0, 1], of the classifier's logits."""
+        v = scores.softmax(1) if self.cfg.tag_loss == "squared" else scores.sigmoid()
+        return v / v.amax(1, keepdim=True).clamp_min(1e-8) if self.cfg.scale_scores else v
+
+    def _weights(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Weights [B, C] of the classes in the online mask."""
+        if self.cfg.psl == "scores":
+            return self._confidences(scores.detach())
+        return labels if self.cfg.psl == "tags" else torch.ones_like(labels)
+
+    def _predict(self, images: Tensor, labels: Tensor) -> Tensor:
+        features = self.backbone(images)
+        logits = self.segmenter(features).float()
+        scores = self.cfg.prohibit_by == "scores"
+        return self.weighted(logits, self._confidences(self.head(features, True).float()) if scores else labels)
+
+    def weighted(self, logits: Tensor, v: Tensor) -> Tensor:
+        """Logits [B, K, h, w] plus ln w', w' = [1, v'] and v' = v [B, C] where v >= p, else 0: a class that cannot win.
+
+        With `prohibit_by` "tags" v are the tags, with "nothing" the logits stay as they are.
+        """
+        if self.cfg.prohibit_by == "nothing":
+            return logits
+        if self.cfg.prohibit_by == "scores":
+            v = torch.where(v >= self.cfg.prohibition, v, 0.0)
+        return logits + F.pad(v.float().log().clamp_min(NEVER), (1, 0))[:, :, None, None]
+
+
+def at_corners(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels [B, H, W] at pixels 0, s, 2s, ... of a grid [h, w] of stride s, as in the training of DeepLab."""
+    stride = max(1, round(labels.shape[-1] / size[1]))
+    picked = labels[:, ::stride, ::stride][:, : size[0], : size[1]]
+    missing = (0, size[1] - picked.shape[2], 0, size[0] - picked.shape[1])
+    return F.pad(picked, missing, value=IGNORE)

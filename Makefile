@@ -1,5 +1,6 @@
 # make quickstart   set up, prepare data and weights, train, evaluate, write the report
 # make quickstart-pnoc   the same with every stage of P-NOC
+# make quickstart-aepsl  the same with every stage of AE-PSL
 # make test         set up, run the tests
 # make lint         set up, check the style
 # make bench        set up, time the operators (make bench OP=par ARGS='--plot par.png': one of them, with a plot)
@@ -27,7 +28,7 @@ RANGES = $(PY) -c 'import sys, tomllib; \
 	want = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
 	print(" ".join(r for r in want if r.startswith(sys.argv[1])))'
 
-.PHONY: setup quickstart quickstart-pnoc test bench lint
+.PHONY: setup quickstart quickstart-pnoc quickstart-aepsl test bench lint
 .NOTPARALLEL:
 
 setup: $(INSTALLED)
@@ -52,9 +53,10 @@ $(INSTALLED): $(DEPENDENCIES) $(NATIVE)
 quickstart: CONFIG = quickstart.yaml
 quickstart: AFTER = python launch/report.py --run runs/quickstart
 quickstart-pnoc: CONFIG = quickstart_pnoc.yaml
-quickstart-pnoc: AFTER = true
+quickstart-aepsl: CONFIG = quickstart_aepsl.yaml
+quickstart-pnoc quickstart-aepsl: AFTER = true
 
-quickstart quickstart-pnoc: setup
+quickstart quickstart-pnoc quickstart-aepsl: setup
 	@set -e; start=$$(date +%s); \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(RANKS) ))} PATH="$(abspath $(VENV))/bin:$$PATH"; \
 	python launch/prepare_data.py quickstart; \

@@ -100,7 +100,7 @@ CONFIG = [
      "raise it, or lower data.crop"),
     ("turned the hue round twice", train("data.jitter=[0.3, 0.3, 0.3, 2]"), "'data.jitter' is", "hue at most 0.5"),
     ("misspelt the kind of a map", train("data.maps={hint: {dir: x, kind: score}}"), "'data.maps.hint.kind' is 'score'",
-     "'labels', 'grey' or 'scores'"),
+     "'labels', 'grey', 'scores' or 'erased'"),
     ("turned the image under its maps", train("data.maps={hint: {dir: x, kind: grey}}", "data.rand_augment={n: 2}"),
      "'data.maps' is .*data.rand_augment", "remove one of the two"),
     ("batched images of many sizes", train("data.augment=native"), "'data.augment' is native.*'train.micro_batch' is 2",

@@ -29,7 +29,16 @@ def labels_config(**changes):
 
 
 def test_every_kind_has_its_three_names():
-    assert stage_kinds() == ["affinity_labels", "cams", "pseudo_masks", "random_walk", "saliency", "segmentation"]
+    assert stage_kinds() == [
+        "affinity_labels",
+        "cams",
+        "pseudo_masks",
+        "random_walk",
+        "region_masks",
+        "regions",
+        "saliency",
+        "segmentation",
+    ]
     for name in stage_kinds():
         module = load_kind(name)
         assert (

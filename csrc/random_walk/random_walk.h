@@ -47,25 +47,45 @@ struct WalkStep {
   double tail;
 };
 
-// CPU. Row r of a padded plane starts at r * stride, pixel (y, x) lies at `origin` + y * stride + x; everything around
-// the map is 0. `columns` is the width rounded up to kWalkLanes: whole vectors are computed, the surplus stays 0.
-constexpr int64_t kWalkLanes = 16;
+// CPU. Maps lie in planes of rows of cells of kWalkCell floats. A cell holds `blocks` columns, `span` apart, of `maps`
+// maps: lane m * blocks + r of cell X in row y is map m at the pixel (y, X + r * span). The neighbours of a pixel lie
+// in its own lane, so every load is aligned. `halo` cells on both sides of a row repeat its other end, one column of
+// the cell further; `above` rows lie before the map and as many behind it. What lies around the map is 0. What all maps
+// share lies in cells of `blocks` floats.
+constexpr int64_t kWalkCell = 16;
+constexpr int64_t kWalkTile = 4;    // cells of a row that are computed at once
+constexpr int64_t kWalkPlanes = 3;  // at most so many go through all applications together
 struct WalkGrid {
-  int64_t height, width, columns, stride, origin, plane;
+  int64_t height, width, maps, blocks, span, halo, above;
+  int64_t stride, plane;  // cells of a row, of a plane
+  int64_t row(int64_t y) const { return (above + y) * stride + halo; }
+};
+// The neighbours of a pixel: rows -reach to reach; row dy has the columns -half[|dy|] to half[|dy|].
+struct WalkDisc {
+  int radius, reach, half[kWalkMaxRadius];
+  int64_t count;  // of all, the pixel itself included
+
+  int rows() const { return 2 * reach + 1; }
+  // Row i of the order of summation: 0, 1, -1, 2, -2, ... What rows on both sides give almost cancels, so that no
+  // partial sum grows, and neither does its rounding.
+  static int row(int i) { return i % 2 == 1 ? (i + 1) / 2 : -(i / 2); }
 };
 struct WalkGraph {
-  const float* weights;  // [n] padded planes
-  const float* inverse;  // padded plane: 1 / degree
-  int count;
-  int64_t jump[kWalkMaxOffsets];  // distance in memory of the offset
+  // Row by row, tile by tile: [count, cells of the tile, blocks] weights, in the order of the disc; that of the pixel
+  // itself is 0.
+  const float* weights;
+  const float* inverse;  // plane: 1 / degree
+  WalkDisc disc;
 };
-// g of one row, from its edges; then the weights of one row of one offset; then the degrees of a row.
-void walk_gain_row(const float* edges, float beta, int64_t width, float* g);
-void walk_weight_row(const float* g, const int64_t* cells, int num_cells, int64_t columns, float* weights);
-void walk_degree_row(const WalkGraph& graph, const WalkGrid& p, int64_t y, float* degree, float* inverse);
-// 1 to kWalkChannels maps, a padded plane each.
-constexpr int64_t kWalkChannels = 4;
-void walk_step_row(const WalkGraph& graph, const WalkGrid& p, const WalkStep& step, int64_t channels, int64_t y,
+// Copies the ends of a row into its halo; `row` is its first cell, of `cell` floats.
+void walk_fill_halo(const WalkGrid& p, int64_t cell, float* row);
+// g of one row, from its edges; then the weights and degrees of a row. The path to neighbour n are the floats
+// g[cells[first[n]]] to g[cells[first[n + 1] - 1]]; a neighbour without path has the weight 0.
+void walk_gain_row(const WalkGrid& p, const float* edges, float beta, float* g);
+void walk_weight_row(const WalkGrid& p, int64_t count, const int64_t* first, const int64_t* cells, const float* g,
+                     float* weights, float* degree, float* inverse);
+// One application to row y of 1 to kWalkPlanes planes.
+void walk_step_row(const WalkGrid& p, const WalkGraph& graph, const WalkStep& step, int64_t planes, int64_t y,
                    const float* from, float* to, float* v, double* out);
 
 // CUDA, on `stream`. edges [B, h, w], weights [B, n, h, w], degree [B, h, w], maps [B, C, h, w].

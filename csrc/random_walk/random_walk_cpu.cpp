@@ -20,32 +20,48 @@ namespace wsss {
 namespace {
 
 constexpr int64_t kRowsAtLeast = 8;  // per task
+constexpr int64_t kDepth = 4;        // applications that follow each other down the map, on one thread
+constexpr int kLeastHalf = kWalkTile / 2;  // a row of the disc is at least as wide as a tile
 
 struct Walk {
-  WalkOffsets offsets;
+  WalkDisc disc;
   WalkGrid grid;
   float beta;
   int64_t channels, steps;
   at::ArrayRef<double> tails;  // empty: plain steps
   bool transposed;
+
+  int64_t applications() const { return tails.empty() ? steps : static_cast<int64_t>(2 * tails.size()); }
+  WalkStep step(int64_t k) const {
+    if (tails.empty() || k == 0) return {0.0f, 1.0f, 0.0};
+    return {1.0f, 2.0f, k % 2 == 1 ? tails[k / 2] : 0.0};
+  }
 };
 
-int64_t round_up(int64_t x) { return (x + kWalkLanes - 1) / kWalkLanes * kWalkLanes; }
-
-WalkGrid make_grid(const WalkOffsets& offsets, int64_t h, int64_t w) {
-  int64_t reach_y = 0, reach_x = 0;
-  for (int n = 0; n < offsets.count; ++n) {
-    reach_y = std::max<int64_t>(reach_y, offsets.dy[n]);
-    reach_x = std::max<int64_t>(reach_x, std::abs(offsets.dx[n]));
+WalkDisc make_disc(int radius, int64_t h, int64_t w) {
+  WalkDisc disc{};
+  disc.radius = radius;
+  disc.reach = static_cast<int>(std::min<int64_t>(radius, h)) - 1;
+  for (int dy = 0; dy <= disc.reach; ++dy) {
+    int half = 0;
+    while (dy * dy + (half + 1) * (half + 1) < radius * radius && half + 1 < w) ++half;
+    disc.half[dy] = std::max(half, kLeastHalf);
+    disc.count += (dy == 0 ? 1 : 2) * (2 * disc.half[dy] + 1);
   }
+  return disc;
+}
+
+WalkGrid make_grid(const WalkDisc& disc, int64_t channels, int64_t h, int64_t w) {
   WalkGrid p{};
   p.height = h;
   p.width = w;
-  p.columns = round_up(w);
-  const int64_t margin = round_up(reach_x);  // left of each row; what lies right of a row is the margin of the next
-  p.stride = margin + p.columns;
-  p.origin = reach_y * p.stride + margin;
-  p.plane = (h + 2 * reach_y) * p.stride + margin;
+  p.maps = channels <= kWalkPlanes ? 1 : 4;  // 4 need fewer bytes of weights, but fill cells of 4
+  p.blocks = kWalkCell / p.maps;
+  p.span = (w + p.blocks - 1) / p.blocks;
+  p.halo = *std::max_element(disc.half, disc.half + disc.reach + 1);
+  p.above = disc.reach;
+  p.stride = p.span + 2 * p.halo;
+  p.plane = (h + 2 * p.above) * p.stride;
   return p;
 }
 
@@ -69,91 +85,107 @@ void for_rows(int64_t height, const std::function<void(int64_t)>& row) {
   });
 }
 
-// Fills `weights`, `degree` and `inverse`; `g` is scratch. All planes come zeroed.
-WalkGraph build_graph(const float* edges, const Walk& walk, float* g, float* weights, float* degree, float* inverse) {
+// Whether loops over rows run on one thread here.
+bool one_thread() { return at::in_parallel_region() || at::get_num_threads() == 1; }
+
+// Fills `weights`, `degree` and `inverse`; `g` is scratch. The planes come zeroed.
+void build_graph(const float* edges, const Walk& walk, float* g, float* weights, float* degree, float* inverse) {
   const WalkGrid& p = walk.grid;
-  WalkGraph graph{weights, inverse, walk.offsets.count, {}};
-  std::vector<std::vector<int64_t>> paths(graph.count);
-  for (int n = 0; n < graph.count; ++n) {
-    const int dy = walk.offsets.dy[n], dx = walk.offsets.dx[n];
-    graph.jump[n] = dy * p.stride + dx;
-    for (int y = 0; y <= dy; ++y) {
-      for (int x = std::min(dx, 0); x <= std::max(dx, 0); ++x) {
-        if (on_path(dy, dx, y, x)) paths[n].push_back(y * p.stride + x);
+  const WalkDisc& disc = walk.disc;
+  std::vector<int64_t> first{0}, cells;  // of the path to each neighbour
+  for (int row = 0; row < disc.rows(); ++row) {
+    const int dy = WalkDisc::row(row);
+    for (int dx = -disc.half[std::abs(dy)]; dx <= disc.half[std::abs(dy)]; ++dx) {
+      const bool near = dy * dy + dx * dx < disc.radius * disc.radius && (dy != 0 || dx != 0);
+      for (int y = std::min(dy, 0); near && y <= std::max(dy, 0); ++y) {
+        for (int x = std::min(dx, 0); x <= std::max(dx, 0); ++x) {
+          if (on_path(dy, dx, y, x)) cells.push_back((y * p.stride + x) * p.blocks);
+        }
       }
+      first.push_back(static_cast<int64_t>(cells.size()));
     }
   }
+  for_rows(p.height, [&](int64_t y) { walk_gain_row(p, edges + y * p.width, walk.beta, g + p.row(y) * p.blocks); });
   for_rows(p.height, [&](int64_t y) {
-    walk_gain_row(edges + y * p.width, walk.beta, p.width, g + p.origin + y * p.stride);
+    const int64_t i = p.row(y) * p.blocks;
+    walk_weight_row(p, disc.count, first.data(), cells.data(), g + i, weights + y * p.span * disc.count * p.blocks,
+                    degree + i, inverse + i);
   });
-  for_rows(p.height, [&](int64_t y) {
-    const int64_t row = p.origin + y * p.stride;
-    for (int n = 0; n < graph.count; ++n) {
-      walk_weight_row(g + row, paths[n].data(), static_cast<int>(paths[n].size()), p.columns,
-                      weights + n * p.plane + row);
-    }
-  });
-  for_rows(p.height, [&](int64_t y) { walk_degree_row(graph, p, y, degree, inverse); });
-  return graph;
 }
 
-// seeds, result [channels, h, w], at most kWalkChannels; degree is a padded plane.
+// seeds, result [channels, h, w], at most kWalkPlanes planes; degree is a plane.
 void walk_channels(const float* seeds, float* result, int64_t channels, const Walk& walk, const WalkGraph& graph,
                    const float* degree) {
   const WalkGrid& p = walk.grid;
-  const int64_t maps = channels * p.plane, pixels = p.height * p.width;
-  // Zeros: the margins have to be 0, and so does the first difference.
-  auto buffer = at::zeros({3 * maps}, at::kFloat), sums = at::zeros({maps}, at::kDouble);
-  float* from = buffer.mutable_data_ptr<float>();
-  float* to = from + maps;
-  float* v = to + maps;
+  const int64_t planes = (channels + p.maps - 1) / p.maps, size = planes * p.plane * kWalkCell;
+  // Zeros: what lies around the maps has to be 0, and so does the first difference.
+  auto buffer = at::zeros({3 * size}, at::kFloat), sums = at::zeros({size}, at::kDouble);
+  float* maps[2] = {buffer.mutable_data_ptr<float>(), buffer.mutable_data_ptr<float>() + size};
+  float* v = maps[1] + size;
   double* out = sums.mutable_data_ptr<double>();
+  // Calls visit(pixel of the maps, float of the planes, float of a plane) for row y of all channels.
+  auto for_pixels = [&](int64_t y, const auto& visit) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t row = (c * p.height + y) * p.width, plane = c / p.maps * p.plane, map = c % p.maps * p.blocks;
+      for (int64_t r = 0; r < p.blocks; ++r) {
+        const int64_t start = r * p.span, end = std::min(start + p.span, p.width);
+        for (int64_t x = start, at = p.row(y); x < end; ++x, ++at) {
+          visit(row + x, (plane + at) * kWalkCell + map + r, at * p.blocks + r);
+        }
+      }
+    }
+  };
 
   for_rows(p.height, [&](int64_t y) {
-    const int64_t row = p.origin + y * p.stride;
-    for (int64_t c = 0; c < channels; ++c) {
-      const float* source = seeds + c * pixels + y * p.width;
-      for (int64_t x = 0; x < p.width; ++x) {
-        const float value = walk.transposed ? source[x] * graph.inverse[row + x] : source[x];
-        from[c * p.plane + row + x] = value;
-        out[c * p.plane + row + x] = value;
-      }
-    }
+    for_pixels(y, [&](int64_t pixel, int64_t i, int64_t j) {
+      maps[0][i] = walk.transposed ? seeds[pixel] * graph.inverse[j] : seeds[pixel];
+      out[i] = maps[0][i];
+    });
+    for (int64_t k = 0; k < planes; ++k) walk_fill_halo(p, kWalkCell, maps[0] + (k * p.plane + p.row(y)) * kWalkCell);
   });
-  auto apply = [&](const WalkStep& step) {
-    for_rows(p.height, [&](int64_t y) { walk_step_row(graph, p, step, channels, y, from, to, v, out); });
-    std::swap(from, to);
+  // Applications at even places read the first map and write the second, those at odd places the other way round.
+  auto apply = [&](int64_t k, int64_t y) {
+    walk_step_row(p, graph, walk.step(k), planes, y, maps[k % 2], maps[1 - k % 2], v, out);
   };
-  for (size_t m = 0; m < walk.tails.size(); ++m) {
-    apply(m == 0 ? WalkStep{0.0f, 1.0f, 0.0} : WalkStep{1.0f, 2.0f, 0.0});
-    apply({1.0f, 2.0f, walk.tails[m]});
-  }
-  if (walk.tails.empty()) {
-    for (int64_t i = 0; i < walk.steps; ++i) apply({0.0f, 1.0f, 0.0});
-  }
-  for_rows(p.height, [&](int64_t y) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t row = p.origin + y * p.stride, at = c * p.plane + row;
-      float* target = result + c * pixels + y * p.width;
-      for (int64_t x = 0; x < p.width; ++x) {
-        const float value = walk.tails.empty() ? from[at + x] : static_cast<float>(out[at + x]);
-        target[x] = walk.transposed ? value * degree[row + x] : value;
+  const int64_t applications = walk.applications(), depth = one_thread() ? kDepth : 1;
+  for (int64_t k = 0; k < applications; k += depth) {
+    if (depth == 1) {
+      for_rows(p.height, [&](int64_t y) { apply(k, y); });
+      continue;
+    }
+    // Each as far behind the one before it as it reaches down: the rows and their weights are still in the cache.
+    [[maybe_unused]] const FlushSubnormals guard;
+    const int64_t count = std::min(depth, applications - k);
+    for (int64_t front = 0; front < p.height + (count - 1) * p.above; ++front) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t y = front - i * p.above;
+        if (y >= 0 && y < p.height) apply(k + i, y);
       }
     }
+  }
+  const float* last = maps[applications % 2];
+  for_rows(p.height, [&](int64_t y) {
+    for_pixels(y, [&](int64_t pixel, int64_t i, int64_t j) {
+      const float value = walk.tails.empty() ? last[i] : static_cast<float>(out[i]);
+      result[pixel] = walk.transposed ? value * degree[j] : value;
+    });
   });
 }
 
 void walk_one_image(const float* edges, const float* seeds, float* result, const Walk& walk) {
   const WalkGrid& p = walk.grid;
-  auto buffer = at::zeros({(3 + walk.offsets.count) * p.plane}, at::kFloat);  // zeros: the margins have to be 0
-  float* g = buffer.mutable_data_ptr<float>();
-  float* degree = g + p.plane;
-  float* inverse = degree + p.plane;
-  const WalkGraph graph = build_graph(edges, walk, g, inverse + p.plane, degree, inverse);
+  auto shared = at::zeros({3 * p.plane * p.blocks}, at::kFloat);  // zeros: what lies around the map has to be 0
+  auto weights = at::empty({p.height * p.span * walk.disc.count * p.blocks}, at::kFloat);
+  float* g = shared.mutable_data_ptr<float>();
+  float *degree = g + p.plane * p.blocks, *inverse = degree + p.plane * p.blocks;
+  build_graph(edges, walk, g, weights.mutable_data_ptr<float>(), degree, inverse);
+  const WalkGraph graph{weights.const_data_ptr<float>(), inverse, walk.disc};
   // A few channels at a time go through all applications, so that they stay in the cache beside the weights.
-  for (int64_t c = 0; c < walk.channels; c += kWalkChannels) {
+  const int64_t planes = (walk.channels + p.maps - 1) / p.maps, parts = (planes + kWalkPlanes - 1) / kWalkPlanes;
+  const int64_t most = (planes + parts - 1) / parts * p.maps;
+  for (int64_t c = 0; c < walk.channels; c += most) {
     const int64_t start = c * p.height * p.width;
-    walk_channels(seeds + start, result + start, std::min(kWalkChannels, walk.channels - c), walk, graph, degree);
+    walk_channels(seeds + start, result + start, std::min(most, walk.channels - c), walk, graph, degree);
   }
 }
 
@@ -165,8 +197,8 @@ at::Tensor random_walk_cpu(const at::Tensor& seeds, const at::Tensor& edges, int
   auto result = at::empty({batch, channels, h, w}, seeds.options());
   if (result.numel() == 0) return result;
 
-  const WalkOffsets offsets = make_offsets(static_cast<int>(radius), h, w);
-  const Walk walk{offsets, make_grid(offsets, h, w), static_cast<float>(beta), channels, steps, tails, transposed};
+  const WalkDisc disc = make_disc(static_cast<int>(radius), h, w);
+  const Walk walk{disc, make_grid(disc, channels, h, w), static_cast<float>(beta), channels, steps, tails, transposed};
   auto images = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       walk_one_image(borders.const_data_ptr<float>() + b * h * w, values.const_data_ptr<float>() + b * channels * h * w,

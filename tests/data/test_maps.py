@@ -232,7 +232,7 @@ MAP = {"dir": "x", "kind": "grey"}
         ({"pad": "white"}, "'data.pad' is 'white': .*'black' or 'mean'"),
         ({"rand_augment": {"n": 2, "m": 11}}, "'data.rand_augment.m' is 11"),
         ({"rand_augment": {"N": 2}}, "unknown key 'data.rand_augment.N'.*known keys: m, n"),
-        ({"maps": {"hint": {"dir": "x", "kind": "score"}}}, "'data.maps.hint.kind' is 'score': .*'grey', 'scores' or 'erased'"),
+        ({"maps": {"hint": {"dir": "x", "kind": "score"}}}, "'data.maps.hint.kind' is 'score': .*'scores' or 'erased'"),
         ({"maps": {"hint": {"kind": "scores"}}}, "key 'data.maps.hint.dir' is missing"),
         ({"maps": {"hint": {**MAP, "made_bye": "x"}}}, "unknown key 'data.maps.hint.made_bye'.*did you mean 'made_by'"),
         ({"maps": {"my hint": MAP}}, "'my hint' is no name for a map"),

@@ -189,7 +189,7 @@ class TestEachBackend:
         constant = torch.full((1, 2, 19, 23), 0.7)
         assert torch.equal(random_walk(constant, edges, method=method, backend=backend), constant)
         seeds = seed_maps(1, 1, 19, 23)
-        for channels in (1, 2, 3, 4, 5, 7) if backend == "native" else (3,):
+        for channels in (1, 2, 3, 4, 5, 7, 13, 20) if backend == "native" else (3,):
             out = random_walk(seeds.expand(1, channels, 19, 23), edges, method=method, backend=backend)
             assert torch.equal(out, out[:, :1].expand_as(out))
             # the series may overshoot by its cut
@@ -337,6 +337,24 @@ def test_threads_change_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@native
+@pytest.mark.parametrize("radius", [1, 2, 5, 10])
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (30, 1), (7, 3), (9, 17), (12, 66)])
+def test_any_number_of_maps(size, radius):
+    """Up to 3 maps lie in memory by other rules than more do."""
+    seeds, edges = seed_maps(1, 29, *size) + 0.1, edge_map("noise", *size)
+    for method in ("stepped", "chebyshev"):
+        run = functools.partial(random_walk, edges=edges, radius=radius, beta=3.0, log2_steps=6, method=method)
+        want = run(seeds.double(), backend="reference")
+        for channels in (1, 3, 4, 9, 20, 29):
+            leaf = seeds[:, :channels].clone().requires_grad_()
+            got = run(leaf, backend="native")
+            assert error(got, want[:, :channels]) < 3e-6, (channels, method)
+        total = reference.degrees(reference.affinities(edges.double(), radius, 3.0))
+        (grad,) = torch.autograd.grad(got, leaf, total.float().expand_as(got))  # z_i T_ij = z_j T_ji
+        assert error(grad, total.expand_as(grad)) < 3e-6
 
 
 @native

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wsss_dist import dist
 from wsss_dist.cam import present_pairs, upsample
+from wsss_dist.data import build_inference_loader
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.erased import (
@@ -120,7 +121,11 @@ def select(maps: Tensor, rule: str, share: float, erased: Tensor | None = None) 
 
 
 def mean_colour(stage: Stage) -> list[float]:
-    """Mean RGB in 0..255 over all pixels of all training images of the stage, from integer sums; a collective call."""
+    """Mean RGB in 0..255 over all pixels of all training images of the stage, from integer sums; a collective call.
+
+    Raises:
+        UserError: the training split is none of the stage's, or an image cannot be read.
+    """
     data = stage.config.data
     splits = stage.splits()
     if data.train_split not in splits:
@@ -129,11 +134,11 @@ def mean_colour(stage: Stage) -> list[float]:
             "whose mean colour takes the place of what is erased"
         )
     dataset, rows = splits[data.train_split]
-    sums = np.zeros(4, np.int64)
-    for row in rows[dist.rank() :: dist.world_size()]:
-        image = dataset.image(int(row))
-        sums += [*image.sum((0, 1), dtype=np.int64), image.shape[0] * image.shape[1]]
-    red, green, blue, pixels = dist.all_reduce_sum(torch.from_numpy(sums)).tolist()
+    sums = torch.zeros(4, dtype=torch.int64)
+    for sample in build_inference_loader(dataset, data, rows[dist.rank() :: dist.world_size()]):
+        sums[:3] += sample.image.sum((1, 2))
+        sums[3] += sample.image[0].numel()
+    red, green, blue, pixels = dist.all_reduce_sum(sums).tolist()
     return [red / pixels, green / pixels, blue / pixels]
 
 

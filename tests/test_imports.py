@@ -51,6 +51,7 @@ ALLOWED = {
         "wsss_dist.crf",
         "wsss_dist.data",
         "wsss_dist.dist",
+        "wsss_dist.methods.base",
         "wsss_dist.metrics",
         "wsss_dist.trained",
     },

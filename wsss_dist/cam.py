@@ -6,7 +6,7 @@ Letters: B batch, C foreground classes, H W pixels, h w feature grid. Source: PC
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -109,6 +109,24 @@ def rectified_maps(maps_of: Callable[[Tensor], Tensor], images: Tensor, pairs: T
     maps = maps_of(torch.cat([images, images.flip(-1)])).float().relu()
     plain, mirrored = (half[pairs[:, 0], pairs[:, 1]] for half in maps.chunk(2))
     return plain + mirrored.flip(-1)
+
+
+def multi_scale(
+    class_maps: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor, scales: Sequence[float]
+) -> Tensor:
+    """CAMs [B, C, H, W] of tags [B, C]: maps summed over scales, each divided by its maximum (plus 1e-5).
+
+    Args:
+        class_maps: images, pairs [P, 2] -> maps [P, h, w] that are not negative.
+        images: [B, 3, H, W].
+        labels: [B, C].
+        scales: of the images.
+    """
+    size, pairs = images.shape[-2:], present_pairs(labels)
+    total: Tensor | float = 0.0
+    for scale in scales:
+        total = total + upsample(class_maps(rescaled(images, scale), pairs)[:, None], size)[:, 0]
+    return all_classes(peak_normalised(total), pairs, labels)
 
 
 def merge_mirror(maps: Tensor, pairs: Tensor, size: tuple[int, int]) -> Tensor:

@@ -32,13 +32,13 @@ from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples
 from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
+from wsss_dist.methods.base import BaseMethod, Views
 from wsss_dist.metrics import SWEEP, ThresholdSweep
 from wsss_dist.schema import StrictModel
 from wsss_dist.scoring import Tally, resized, score_image
 
 if TYPE_CHECKING:  # config.py composes EvalConfig, so a plain import would be a circle
     from wsss_dist.config import RunConfig
-    from wsss_dist.methods.base import BaseMethod
 
 
 class EvalConfig(StrictModel):
@@ -166,11 +166,11 @@ def _score_split(method: BaseMethod, cfg: RunConfig, dataset: Any, split: str, s
     keep = _strided(total, cfg.report.num_images) if final else set()
     inputs = ((sample, _network_input(sample.image.to(_device(method)), cfg.eval.size, method)) for sample in loader)
     positions = itertools.count(dist.rank(), dist.world_size())
+    views = Views(cfg.eval.cam_scales, cfg.eval.seg_scales, cfg.eval.fuse, step=step, extras=final)
     for chunk in _chunks(_progress(inputs, len(loader), f"evaluate {split}"), cfg.eval.batch):
         samples, images = zip(*chunk, strict=True)
         batch = _batch(samples, torch.stack(images))
-        scales = {"cam_scales": cfg.eval.cam_scales, "seg_scales": cfg.eval.seg_scales, "fuse": cfg.eval.fuse}
-        prediction = method.predict(batch, **scales, step=step, extras=final)
+        prediction = method.predict(batch, views)
         for i, sample in enumerate(samples):
             score_image(tally, prediction, i, sample, cfg.eval.crf, keep=next(positions) in keep)
     return tally

@@ -15,6 +15,7 @@ from wsss_dist.errors import UserError
 from wsss_dist.losses import squared_softmax_loss
 from wsss_dist.methods import load_method
 from wsss_dist.methods.aepsl import Config, Method, at_corners
+from wsss_dist.methods.base import Views
 from wsss_dist.models.trunk import Trunk, TrunkConfig
 from wsss_dist.stages import region_masks, regions
 from wsss_dist.stages.region_masks import assemble
@@ -158,7 +159,7 @@ def test_labels_at_the_corners_of_the_grid():
 def test_erasing_classifier_takes_part_in_nothing_but_tags():
     network = method("erasing", tag_loss="bce")
     assert network.segmenter is None and set(network.training_step(random_batch(2, side=64), 0)) == {"loss", "loss_cls"}
-    maps = network.predict(random_batch(2, side=64), cam_scales=[1.0], seg_scales=[1.0], fuse="mean").cam
+    maps = network.predict(random_batch(2, side=64), Views()).cam
     assert maps.shape == (2, NUM_CLASSES, 64, 64) and 0 <= maps.min() and maps.max() <= 1
 
 

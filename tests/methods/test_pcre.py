@@ -5,6 +5,7 @@ import torch
 
 from tests.methods.tiny import NUM_CLASSES, random_batch, tiny_method
 from wsss_dist.methods import load_method
+from wsss_dist.methods.base import Views
 from wsss_dist.models.prototypes import PrototypeMemory
 
 
@@ -120,11 +121,10 @@ def test_ablations_train_and_predict(crme, cpe):
     method.after_step(50)
     assert torch.isfinite(out["loss"])
     assert ("loss_conf" in out) == (crme is not None) and ("loss_cpe" in out) == (cpe is not None)
-    settings = {"cam_scales": [1.0], "seg_scales": [1.0], "fuse": "voc"}
-    prediction = method.predict(batch, **settings, extras=True)
+    prediction = method.predict(batch, Views(extras=True))
     assert prediction.logits.shape == (2, NUM_CLASSES + 1, 64, 64)
     assert set(prediction.extras) == ({"pseudo", "crme"} if crme else {"pseudo"})
-    assert method.predict(batch, **settings).extras == {}
+    assert method.predict(batch, Views()).extras == {}
 
 
 def test_crme_masks_are_mixed_in_from_forty_percent_on():
@@ -134,7 +134,7 @@ def test_crme_masks_are_mixed_in_from_forty_percent_on():
     assert torch.equal(before.main, after.main)
     torch.testing.assert_close(method._fused(after), 0.3 * after.masks + 0.7 * after.main)
     assert method._fused(before) is before.main
-    cam = method.predict(batch, cam_scales=[1.0], seg_scales=[1.0], fuse="voc").cam
+    cam = method.predict(batch, Views()).cam
     assert (cam[batch.labels == 0] == 0).all() and (cam[batch.labels > 0].amax((1, 2)) > 0).any()
 
 
@@ -174,22 +174,21 @@ def test_two_steps_are_reproducible_bit_for_bit():
 
 def test_prediction_does_not_depend_on_its_batch_mates():
     method, batch = tiny_method(), random_batch(2)
-    together = method.predict(batch, cam_scales=[1.0, 0.5], seg_scales=[1.0], fuse="voc")
+    together = method.predict(batch, Views(cam_scales=[1.0, 0.5]))
     for i in range(2):
         one = random_batch(2)
         for name in ("images", "labels", "boxes", "flipped"):
             setattr(one, name, getattr(one, name)[i : i + 1])
         one.ids = one.ids[i : i + 1]
-        alone = method.predict(one, cam_scales=[1.0, 0.5], seg_scales=[1.0], fuse="voc")
+        alone = method.predict(one, Views(cam_scales=[1.0, 0.5]))
         # other GEMM shapes: the same sums in another order
         torch.testing.assert_close(alone.logits[0], together.logits[i], rtol=1e-4, atol=1e-4)
 
 
 def test_a_prediction_early_in_the_run_has_no_crme_mask():
     method, batch = tiny_method(), random_batch(1)
-    settings = {"cam_scales": [1.0], "seg_scales": [1.0], "fuse": "voc", "extras": True}
-    assert set(method.predict(batch, **settings, step=39).extras) == {"pseudo"}
-    assert set(method.predict(batch, **settings, step=40).extras) == {"pseudo", "crme"}
+    assert set(method.predict(batch, Views(step=39, extras=True)).extras) == {"pseudo"}
+    assert set(method.predict(batch, Views(step=40, extras=True)).extras) == {"pseudo", "crme"}
 
 
 def test_other_class_counts_and_odd_sizes():

@@ -12,6 +12,7 @@ import kernels
 from tests.methods.tiny import random_batch, tiny_method
 from wsss_dist import cam as cams
 from wsss_dist.methods import pcre
+from wsss_dist.methods.base import Views
 
 ZERO = {k: 0.0 for k in ("aux", "ptc", "conf", "refine", "cpe", "seg", "reg")}
 CRME = {"query_grid": 4, "heads": 4, "ffn": 64}
@@ -62,8 +63,8 @@ def test_predictions_of_mirror_images_are_mirrored():
     batch.boxes[:] = torch.tensor([0, 48, 0, 64])
     mirrored = random_batch(2)
     mirrored.images, mirrored.labels, mirrored.boxes = batch.images.flip(-1), batch.labels, batch.boxes
-    settings = {"cam_scales": [1.0, 0.5], "seg_scales": [1.0, 1.5], "fuse": "voc", "extras": True}
-    plain, other = method.predict(batch, **settings), method.predict(mirrored, **settings)
+    views = Views([1.0, 0.5], [1.0, 1.5], extras=True)
+    plain, other = method.predict(batch, views), method.predict(mirrored, views)
     for name, a, b in (
         ("cam", plain.cam, other.cam),
         ("logits", plain.logits, other.logits),
@@ -123,7 +124,7 @@ def test_the_disc_is_in_the_loss_and_in_no_mask_of_the_pseudo_labels(monkeypatch
     selections, masks = (spy(monkeypatch, kernels, n) for n in ("select_regions", "max_upsampled_masks"))
     method(batch, 30)  # no CRME masks yet
     method(batch, 45)  # those of two scales, then the loss
-    method.predict(batch, cam_scales=[1.0], seg_scales=[1.0], fuse="voc")
+    method.predict(batch, Views())
     growing = 1 + 4 * (1 - math.cos(math.pi * 2 / 3)) / 2
     for calls in (selections, masks):
         radii = [kwargs.get("radius") for _, kwargs, _ in calls]

@@ -15,6 +15,7 @@ from tests.methods.tiny import NUM_CLASSES, random_batch
 from wsss_dist.config import parse_config
 from wsss_dist.errors import UserError
 from wsss_dist.losses import tag_loss
+from wsss_dist.methods.base import Views
 from wsss_dist.methods.pnoc import Config, Method, RampConfig, draw_class, stitch, tiles
 from wsss_dist.trainer import _identity
 
@@ -185,14 +186,14 @@ def test_puzzle_looks_at_tags_alone_and_averages_over_all_classes(second):
 def test_cams_are_summed_over_scales_and_mirror_images_and_peak_at_1(second):
     method, batch = make(second, "plain").eval(), random_batch()
     method.generator.head.conv.weight.data.abs_()  # every class somewhere above 0
-    kwargs = {"seg_scales": [1.0], "fuse": "voc"}
-    cam = method.predict(batch, cam_scales=[1.0, 0.5], **kwargs).cam
+    views = Views(cam_scales=[1.0, 0.5])
+    cam = method.predict(batch, views).cam
     assert cam.shape == (4, NUM_CLASSES, 64, 64) and cam.min() == 0
     peaks = cam.amax((2, 3))
     assert (peaks[batch.labels == 0] == 0).all() and (peaks[batch.labels == 1] > 0.99).all()
     mirrored = copy.copy(batch)
     mirrored.images = batch.images.flip(-1)
-    again = method.predict(mirrored, cam_scales=[1.0, 0.5], **kwargs).cam.flip(-1)
+    again = method.predict(mirrored, views).cam.flip(-1)
     torch.testing.assert_close(again, cam, atol=1e-5, rtol=1e-4)
 
 

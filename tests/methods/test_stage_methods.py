@@ -12,6 +12,7 @@ from tests.methods.tiny import NUM_CLASSES, random_batch
 from wsss_dist.config import parse_config
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
+from wsss_dist.methods.base import Views
 from wsss_dist.methods.c2am import HintConfig, hint_loss
 
 FROZEN = {**BACKBONE, "frozen_stages": 5}
@@ -139,12 +140,12 @@ def test_deeplab_without_a_labelled_pixel_has_loss_zero():
 
 def test_deeplab_predicts_the_same_of_a_mirrored_image():
     method, batch = make("deeplab", backbone=BACKBONE).eval(), random_batch(side=64)
-    options = {"cam_scales": [1.0], "seg_scales": [1.0, 0.5], "fuse": "voc"}
-    got = method.predict(batch, **options)
+    views = Views(seg_scales=[1.0, 0.5])
+    got = method.predict(batch, views)
     assert got.logits.shape == got.single.shape == (4, NUM_CLASSES + 1, 64, 64)
     assert got.cam is None
     batch.images = batch.images.flip(-1)
-    mirrored = method.predict(batch, **options)
+    mirrored = method.predict(batch, views)
     torch.testing.assert_close(mirrored.logits.flip(-1), got.logits, rtol=1e-4, atol=1e-4)
     assert (mirrored.single.flip(-1) - got.single).abs().max() > 1e-3, "one view alone is not symmetric"
 

@@ -88,10 +88,10 @@ class Colours(BaseMethod):
         self.seg, self.extras, self.gain, self.seen, self.modes = seg, extras, gain, [], []
         self.asked = []
 
-    def predict(self, batch, *, cam_scales, seg_scales, fuse, step=None, extras=False):
+    def predict(self, batch, views):
         assert not torch.is_grad_enabled()
-        self.asked.append((cam_scales, seg_scales, extras))
-        self.seen.append((tuple(batch.images.shape), batch.ids, step))
+        self.asked.append((views.cam_scales, views.seg_scales, views.extras))
+        self.seen.append((tuple(batch.images.shape), batch.ids, views.step))
         self.modes.append(self.training)
         torch.rand(3)  # an evaluation that draws random numbers must not disturb the training's
         cam = torch.sigmoid(batch.images) * batch.labels[:, :, None, None]
@@ -170,8 +170,8 @@ def test_kinds_equal_the_slow_twin(colours, tmp_path):
 
 def test_a_method_without_cam_has_no_cam_kinds(colours, tmp_path):
     class Bare(Colours):
-        def predict(self, batch, **options):
-            prediction = super().predict(batch, **options)
+        def predict(self, batch, views):
+            prediction = super().predict(batch, views)
             prediction.cam = None
             return prediction
 
@@ -240,10 +240,10 @@ def test_the_whole_image_is_inside_its_box(monkeypatch, tmp_path):
     seen = []
 
     class Spy(Colours):
-        def predict(self, batch, **options):
+        def predict(self, batch, views):
             height, width = batch.images.shape[-2:]
             seen.append((batch.boxes.tolist(), [[0, height, 0, width]] * len(batch)))
-            return super().predict(batch, **options)
+            return super().predict(batch, views)
 
     evaluate_splits(Spy(), config(size=None), ["val"], tmp_path, None)
     assert seen and all(got == wanted for got, wanted in seen)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wsss_dist import dist
 from wsss_dist.data.batch import Batch
-from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.methods.base import BaseMethod, Prediction, Views
 from wsss_dist.schema import StrictModel
 
 C = 3
@@ -106,7 +106,7 @@ class Method(BaseMethod):
         self.count += 1
         self.mean.mul_(0.9).add_(0.1 / (step + 1))
 
-    def predict(self, batch: Batch, **_: object) -> Prediction:
+    def predict(self, batch: Batch, views: Views) -> Prediction:
         score = torch.sigmoid(self.head(self.features(batch.images)).float())[:, :, None, None]
         return Prediction((score * batch.labels[:, :, None, None]).expand(-1, -1, *batch.images.shape[2:]))
 

@@ -21,7 +21,7 @@ import kernels
 from wsss_dist import cam as cams
 from wsss_dist.data.batch import Batch
 from wsss_dist.losses import squared_softmax_loss, tag_loss
-from wsss_dist.methods.base import BaseMethod, Prediction, check_stage
+from wsss_dist.methods.base import BaseMethod, Prediction, Views, check_stage
 from wsss_dist.models.cam_heads import CamHead
 from wsss_dist.models.groups import pretrained_and_new
 from wsss_dist.models.pretrained import load_part
@@ -125,33 +125,19 @@ class Method(BaseMethod):
         return {"loss": loss, **out}
 
     @torch.no_grad()
-    def predict(
-        self,
-        batch: Batch,
-        *,
-        cam_scales: list[float],
-        seg_scales: list[float],
-        fuse: str,
-        step: int | None = None,
-        extras: bool = False,
-    ) -> Prediction:
+    def predict(self, batch: Batch, views: Views) -> Prediction:
         """CAM of "erasing"; of "segmentation" the log of w f, with w the weights that prohibit classes."""
         if self.segmenter is None:
-            size, pairs = batch.images.shape[-2:], cams.present_pairs(batch.labels)
-            total = 0.0
-            for scale in cam_scales:
-                maps = self.class_maps(cams.rescaled(batch.images, scale), pairs)
-                total = total + cams.upsample(maps[:, None], size)[:, 0]
-            return Prediction(cam=cams.all_classes(cams.peak_normalised(total), pairs, batch.labels))
+            return Prediction(cam=cams.multi_scale(self.class_maps, batch.images, batch.labels, views.cam_scales))
         per_scale, single = [], None
         size = batch.images.shape[-2:]
-        for scale in seg_scales:
+        for scale in views.seg_scales:
             x = cams.rescaled(batch.images, scale)
             plain, mirrored = self._predict(torch.cat([x, x.flip(-1)]), batch.labels.repeat(2, 1)).chunk(2)
             per_scale.append((cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size)) / 2)
             if scale == 1.0:
                 single = cams.upsample(plain, size)
-        return Prediction(logits=cams.fuse_logits(per_scale, seg_scales, fuse), single=single)
+        return Prediction(logits=cams.fuse_logits(per_scale, list(views.seg_scales), views.fuse), single=single)
 
     def class_maps(self, images: Tensor, pairs: Tensor, mirror: bool = True) -> Tensor:
         """Rectified maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""

@@ -5,6 +5,7 @@ B batch, C foreground classes, K = C + 1 with background (0), H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,24 @@ class Prediction:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Views:
+    """In which views a prediction sees an image, each with its mirror image, and what it shall hold.
+
+    cam_scales  image scales for the CAM.
+    seg_scales  image scales for the segmentation logits, 1.0 among them.
+    fuse        "voc", "coco" or "mean", the rule that merges the logits of the scales (`cam.fuse_logits`).
+    step        training step the weights stand at; None means trained to the end.
+    extras      also fill `Prediction.extras`; else nothing is computed for them.
+    """
+
+    cam_scales: Sequence[float] = (1.0,)
+    seg_scales: Sequence[float] = (1.0,)
+    fuse: str = "voc"
+    step: int | None = None
+    extras: bool = False
+
+
 class BaseMethod(nn.Module):
     """Base of every `Method`. Constructed as `Method(config, num_classes, train_steps)`.
 
@@ -90,26 +109,8 @@ class BaseMethod(nn.Module):
                 theirs.open_cache()
                 mine.cache = theirs.cache
 
-    def predict(
-        self,
-        batch: Batch,
-        *,
-        cam_scales: list[float],
-        seg_scales: list[float],
-        fuse: str,
-        step: int | None = None,
-        extras: bool = False,
-    ) -> Prediction:
-        """Predict without gradient; each scale is run with its mirror image.
-
-        Args:
-            batch: images (any size the backbone takes) with the tags that mask the CAM.
-            cam_scales: image scales for the CAM.
-            seg_scales: image scales for the segmentation logits, 1.0 among them.
-            fuse: "voc" or "coco", the rule that merges the logits of the scales.
-            step: training step the weights stand at; None means trained to the end.
-            extras: also fill `Prediction.extras`; else nothing is computed for them.
-        """
+    def predict(self, batch: Batch, views: Views) -> Prediction:
+        """Predict without gradient for images (any size the backbone takes) with the tags that mask the CAM."""
         raise NotImplementedError
 
     def param_groups(self) -> list[dict]:

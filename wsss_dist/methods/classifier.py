@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wsss_dist import cam as cams
 from wsss_dist.data.batch import Batch
 from wsss_dist.losses import tag_loss
-from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.methods.base import BaseMethod, Prediction, Views
 from wsss_dist.models.features import FeatureConfig, FeatureExtractor
 from wsss_dist.schema import StrictModel
 
@@ -61,19 +61,10 @@ class Method(BaseMethod):
         return {"loss": loss, "loss_cls": loss.detach()}
 
     @torch.no_grad()
-    def predict(
-        self,
-        batch: Batch,
-        *,
-        cam_scales: list[float],
-        seg_scales: list[float],
-        fuse: str,
-        step: int | None = None,
-        extras: bool = False,
-    ) -> Prediction:
+    def predict(self, batch: Batch, views: Views) -> Prediction:
         size, pairs = batch.images.shape[-2:], cams.present_pairs(batch.labels)
         total = None
-        for scale in cam_scales:
+        for scale in views.cam_scales:
             x = cams.upsample(batch.images, cams.scaled_size(size, scale))
             maps = self.classifier(self.backbone(torch.cat([x, x.flip(-1)])))
             maps = cams.merge_mirror(maps, pairs, size).relu()

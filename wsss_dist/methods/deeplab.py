@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wsss_dist import cam as cams
 from wsss_dist.data.batch import Batch
-from wsss_dist.methods.base import BaseMethod, Prediction, check_stage
+from wsss_dist.methods.base import BaseMethod, Prediction, Views, check_stage
 from wsss_dist.models.deeplab import DeepLabDecoder
 from wsss_dist.models.groups import pretrained_and_new
 from wsss_dist.models.pretrained import load_part
@@ -81,22 +81,13 @@ class Method(BaseMethod):
         return self.decoder(taps[1], taps[4], size)
 
     @torch.no_grad()
-    def predict(
-        self,
-        batch: Batch,
-        *,
-        cam_scales: list[float],
-        seg_scales: list[float],
-        fuse: str,
-        step: int | None = None,
-        extras: bool = False,
-    ) -> Prediction:
+    def predict(self, batch: Batch, views: Views) -> Prediction:
         """Segmentation alone: logits at full size, plain and mirrored added, merged over scales."""
         size, per_scale, single = batch.images.shape[-2:], [], None
-        for scale in seg_scales:
+        for scale in views.seg_scales:
             x = cams.rescaled(batch.images, scale)
             plain, mirrored = self.logits(torch.cat([x, x.flip(-1)])).float().chunk(2)
             per_scale.append(cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size))
             if scale == 1.0:
                 single = cams.upsample(plain, size)
-        return Prediction(logits=cams.fuse_logits(per_scale, seg_scales, fuse), single=single)
+        return Prediction(logits=cams.fuse_logits(per_scale, list(views.seg_scales), views.fuse), single=single)

@@ -23,7 +23,7 @@ from wsss_dist import dist
 from wsss_dist.cam import CamConfig, ParConfig, RadiusConfig
 from wsss_dist.data.batch import Batch
 from wsss_dist.losses import balanced_segmentation_loss, mask_bce, tag_loss
-from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.methods.base import BaseMethod, Prediction, Views
 from wsss_dist.models.decoders import ParallelDilatedHead, QueryDecoder, QueryDecoderConfig
 from wsss_dist.models.prototypes import PrototypeMemory
 from wsss_dist.models.vit import BackboneConfig, Features, ViT
@@ -384,26 +384,17 @@ class Method(BaseMethod):
     # ---- inference ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def predict(
-        self,
-        batch: Batch,
-        *,
-        cam_scales: list[float],
-        seg_scales: list[float],
-        fuse: str,
-        step: int | None = None,
-        extras: bool = False,
-    ) -> Prediction:
-        progress = 1.0 if step is None else step / self.train_steps
-        stage = self._stage(batch.images, batch.labels, cam_scales, seg_scales, progress)
+    def predict(self, batch: Batch, views: Views) -> Prediction:
+        progress = 1.0 if views.step is None else views.step / self.train_steps
+        stage = self._stage(batch.images, batch.labels, views.cam_scales, views.seg_scales, progress)
         shown = {}
-        if extras:
+        if views.extras:
             shown["pseudo"] = self._pseudo_labels(stage, batch)[0]
-        if extras and stage.masks is not None:
+        if views.extras and stage.masks is not None:
             shown["crme"] = cams.all_classes(stage.masks, stage.pairs, batch.labels)
         return Prediction(
             cam=cams.all_classes(self._fused(stage), stage.pairs, batch.labels),
-            logits=cams.fuse_logits(stage.logits, list(seg_scales), fuse),
+            logits=cams.fuse_logits(stage.logits, list(views.seg_scales), views.fuse),
             single=stage.single,
             extras=shown,
         )

@@ -24,7 +24,7 @@ from wsss_dist import dist
 from wsss_dist.data.batch import Batch
 from wsss_dist.errors import UserError
 from wsss_dist.losses import tag_loss
-from wsss_dist.methods.base import BaseMethod, Prediction
+from wsss_dist.methods.base import BaseMethod, Prediction, Views
 from wsss_dist.models.cam_heads import CamHead
 from wsss_dist.models.groups import pretrained_and_new
 from wsss_dist.models.pretrained import load_part
@@ -193,23 +193,9 @@ class Method(BaseMethod):
         return {"loss": cfg.loss_scale * loss, **{k: v.detach() for k, v in out.items()}}
 
     @torch.no_grad()
-    def predict(
-        self,
-        batch: Batch,
-        *,
-        cam_scales: list[float],
-        seg_scales: list[float],
-        fuse: str,
-        step: int | None = None,
-        extras: bool = False,
-    ) -> Prediction:
+    def predict(self, batch: Batch, views: Views) -> Prediction:
         """CAM: rectified maps summed over scales and mirror images, each divided by its maximum (plus 1e-5)."""
-        size, pairs = batch.images.shape[-2:], cams.present_pairs(batch.labels)
-        total = 0.0
-        for scale in cam_scales:
-            maps = self.class_maps(cams.rescaled(batch.images, scale), pairs)
-            total = total + cams.upsample(maps[:, None], size)[:, 0]
-        return Prediction(cam=cams.all_classes(cams.peak_normalised(total), pairs, batch.labels))
+        return Prediction(cam=cams.multi_scale(self.class_maps, batch.images, batch.labels, views.cam_scales))
 
     def class_maps(self, images: Tensor, pairs: Tensor, mirror: bool = True) -> Tensor:
         """Rectified maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""

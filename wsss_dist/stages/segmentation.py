@@ -15,6 +15,7 @@ from wsss_dist.cam import upsample
 from wsss_dist.crf import CRFConfig, crf_labels
 from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.errors import UserError
+from wsss_dist.methods.base import Views
 from wsss_dist.schema import ConfigPath
 from wsss_dist.stages.base import Stage, StageConfig, png_writer, read_png, views
 from wsss_dist.stages.pseudo_masks import picture
@@ -37,12 +38,12 @@ def run(stage: Stage) -> dict[str, Any]:
     """Make the labels; returns kind "seg_crf", or "seg" without a CRF."""
     cfg: Config = stage.config
     method = stage.network(cfg.network, changes=cfg.method)
+    multi_scale = Views(seg_scales=cfg.scales, fuse=cfg.fuse)
 
     @torch.no_grad()
     def work(sample: EvalSample, *_: Any):
         image = next(views(sample.image, [1.0]))[:1]
-        scales = {"cam_scales": [1.0], "seg_scales": cfg.scales, "fuse": cfg.fuse}
-        logits = method.predict(_batch(sample, image), **scales).logits
+        logits = method.predict(_batch(sample, image), multi_scale).logits
         if logits is None:
             raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no segmentation")
         logits = upsample(logits.float(), tuple(sample.image.shape[-2:]))[0]

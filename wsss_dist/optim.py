@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from wsss_dist.schema import StrictModel
@@ -29,6 +29,13 @@ class OptimConfig(StrictModel):
     warmup_steps: int = Field(1500, ge=0)
     warmup_ratio: float = Field(1e-6, ge=0, le=1)
     power: float = Field(0.9, gt=0)
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_are_fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < m < 1 for m in value):
+            raise ValueError("must be fractions of the run, above 0 and below 1, as [0.4, 0.8]")
+        return value
 
     @model_validator(mode="after")
     def _keys_belong_to_the_optimiser(self) -> OptimConfig:

@@ -161,7 +161,8 @@ class Pipeline:
             made = {"seconds": round(time.perf_counter() - begin, 1), "scores": scores}
             dist.on_main(lambda entry=entry, key=key, made=made: _close(entry, key, made))
             _say(f"stage {entry.name}: done in {made['seconds']:.0f} s")
-        report = dist.on_main(self._report)
+        current = self._current()
+        report = dist.on_main(lambda: self._report(current))
         _say(dist.on_main(lambda: scores_text(self.folder)))
         _say(f"report: {report}")
         return DONE
@@ -169,8 +170,18 @@ class Pipeline:
     def _take_lock(self) -> None:
         self._lock = RunLock(self.folder, report=_say)
 
-    def _report(self) -> Path:
-        return build_pipeline_report(self.folder, list(self.entries), self.run.seed, self.data, self.report.num_images)
+    def _report(self, stages: list[str]) -> Path:
+        return build_pipeline_report(self.folder, stages, self.run.seed, self.data, self.report.num_images)
+
+    def _current(self) -> list[str]:
+        """The stages that are done with this config and these inputs: a part of a run may leave others as they were."""
+        names: list[str] = []
+        for entry in self.entries.values():
+            if all(other in names for other in entry.inputs):
+                key = self._key(entry)
+                if dist.on_main(lambda entry=entry, key=key: _is_done(entry, key)):
+                    names.append(entry.name)
+        return names
 
     def _run(self, entry: Entry) -> tuple[int, dict[str, Any] | None]:
         """Exit status and scores, split -> kind -> metrics; None for a training that is not at its end."""

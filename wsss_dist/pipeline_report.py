@@ -28,6 +28,8 @@ STAGE_KINDS = {
     "region_masks": "assembled masks, decided pixels",
     "seg": "segmentation",
     "seg_crf": "segmentation + CRF",
+    "seg_tags": "segmentation, tags given: an upper bound",
+    "seg_tags_crf": "segmentation + CRF, tags given: an upper bound",
 }
 
 
@@ -53,7 +55,7 @@ def build_pipeline_report(folder: Path, stages: list[str], seed: int, data: Data
         f"<h1>{escape(folder.name)}</h1>",
         "<p>Every stage of the run with its score: mIoU in percent, background included. Thresholds of score maps are "
         "chosen on the split they are measured on. Maps and masks up to the pseudo masks know the tags of the image, "
-        "the segmentation does not.</p>",
+        "the segmentation does not, where its row does not say so.</p>",
         _score_table(result),
         _regions(result, pictures),
         *(_sheets(folder, manifests, data, split, images, pictures) for split in _splits(result) if data),

@@ -14,7 +14,7 @@ from wsss_dist.data.transforms import MEAN, STD
 from wsss_dist.errors import UserError
 from wsss_dist.losses import squared_softmax_loss
 from wsss_dist.methods import load_method
-from wsss_dist.methods.aepsl import Config, Method, at_corners
+from wsss_dist.methods.aepsl import Config, Method, at_corners, from_corners
 from wsss_dist.methods.base import Views
 from wsss_dist.models.trunk import Trunk, TrunkConfig
 from wsss_dist.stages import region_masks, regions
@@ -151,9 +151,36 @@ def test_warm_up_and_off_leave_the_online_term_out():
 
 def test_labels_at_the_corners_of_the_grid():
     labels = torch.arange(321 * 321).view(1, 321, 321) % 251
-    got = at_corners(labels.to(torch.uint8), (41, 41))
+    got = at_corners(labels.to(torch.uint8), 8, (41, 41))
     assert torch.equal(got[0].long(), labels[0, 0:321:8, 0:321:8])
-    assert at_corners(labels.to(torch.uint8)[:, :64, :64], (5, 4))[0, 4].tolist() == [255] * 4
+    assert at_corners(labels.to(torch.uint8)[:, :64, :64], 16, (5, 4))[0, 4].tolist() == [255] * 4
+
+
+@pytest.mark.parametrize(("stride", "size"), [(8, (321, 321)), (8, (64, 48)), (16, (33, 40))])
+def test_predictions_lie_where_the_labels_of_the_loss_lay(stride, size):
+    """A linear ramp over the image, picked at the corners and put back, is itself up to the last cell."""
+    y, x = torch.meshgrid(*(torch.arange(float(s)) for s in size), indexing="ij")
+    ramp = (3 * y + x)[None, None]
+    picked = ramp[..., ::stride, ::stride]
+    back = from_corners(picked, stride, size)
+    inside = tuple((s - 1) // stride * stride + 1 for s in size)
+    assert back.shape == ramp.shape
+    torch.testing.assert_close(back[..., : inside[0], : inside[1]], ramp[..., : inside[0], : inside[1]])
+    labels = torch.arange(size[0] * size[1]).view(1, *size) % 251
+    assert torch.equal(
+        at_corners(labels.to(torch.uint8), stride, picked.shape[2:]).long(), labels[:, ::stride, ::stride]
+    )
+
+
+def test_a_class_is_prohibited_by_the_mean_of_its_scores_over_all_views():
+    """At 0.12 in one view and 0.10 in the mirror image it stays, at 0.11 and 0.07 it goes, for every pixel alike."""
+    network, batch = method(loss_size="full").eval(), random_batch(2, side=64)
+    for pair, kept in (((0.12, 0.10), True), ((0.11, 0.07), False)):
+        v = torch.full((4, NUM_CLASSES), 0.5)
+        v[:2, 1], v[2:, 1] = pair
+        network._confidences = lambda scores, v=v: v
+        logits = network.predict(batch, Views(fuse="mean")).logits
+        assert bool((logits[:, 2] > -1e3).all()) is kept and (logits[:, [0, 1]] > -1e3).all()
 
 
 def test_erasing_classifier_takes_part_in_nothing_but_tags():
@@ -208,6 +235,8 @@ def test_erase_rules():
     assert int(select(maps, "quantile", 0.2).sum()) == 20
     assert int(select(maps, "frac_max", 0.2).sum()) == int((maps > 19.8).sum()) == 80
     assert int(select(maps, "top_band", 0.2).sum()) == int((maps >= 79.2).sum()) == 20
+    steps = torch.tensor([0.1, 0.4, 0.9]).repeat_interleave(34)[:100].view(1, 10, 10)
+    assert int(select(steps, "quantile", 0.2).sum()) == 20, "of equal pixels no more than the share"
     erased = torch.zeros(10, 10, dtype=torch.bool)
     erased[5:] = True
     left = select(maps, "quantile", 0.2, erased)[0]
@@ -219,6 +248,9 @@ def test_erase_rules():
 def test_a_map_that_says_nothing_gives_no_region(rule):
     assert not select(torch.zeros(2, 5, 5), rule, 0.2).any()
     assert not select(torch.full((1, 5, 5), 0.7), rule, 0.2).any()
+    erased = torch.zeros(10, 10, dtype=torch.bool)
+    erased[:5] = True
+    assert not select(torch.full((1, 10, 10), 0.7), rule, 0.2, erased).any(), "what is erased is no contrast"
     few = torch.zeros(1, 10, 10)
     few[0, 0, :3] = 1.0
     assert int(select(few, rule, 0.2).sum()) == 3, "pixels at zero are never taken"

@@ -172,6 +172,7 @@ def test_the_bound_knows_the_tags(whole):
     """With the tags at test time no other class is predicted; without, the weights change nothing but classes."""
     config, folder = whole
     dataset = pipeline_runs.dataset(Pipeline(copy.deepcopy(config)), "val")
+    assert set(scores(folder)["bound"]["val"]) == {"seg_tags_crf"}
     for i in range(len(dataset)):
         found = set(np.unique(np.asarray(Image.open(folder / "bound/out/val" / f"{dataset.id(i)}.png"))))
         assert found <= {0, *(np.flatnonzero(dataset.tags[i]) + 1)}
@@ -192,6 +193,33 @@ def test_a_store_of_other_images_is_refused(copied):
     config["stages"]["erasing_2"]["data"]["train_limit"] = 6
     with pytest.raises(UserError, match="regions_1/out/train/store.json was made of other images or tags"):
         pipeline_runs.start(config, "erasing_2")
+
+
+def test_a_classifier_of_another_step_is_refused(copied):
+    config, _ = copied
+    config["stages"]["regions_2"]["network"] = "${erasing_1}"
+    with pytest.raises(UserError, match="'erasing_1' was trained with nothing erased, 'before' says regions_1/out/tr"):
+        pipeline_runs.start(config, "regions_2")
+
+
+def test_masks_of_regions_that_are_not_there_are_refused(copied):
+    config, folder = copied
+    path = sorted((folder / "regions_2/out/train").rglob("*.npz"))[2]
+    path.unlink()
+    shutil.rmtree(folder / "masks")
+    with pytest.raises(UserError, match=rf"regions of image {path.stem} in .* of the classes \[\]; expected its tags"):
+        pipeline_runs.start(config, "masks")
+    shutil.rmtree(folder / "regions_2/out/val")
+    with pytest.raises(UserError, match="regions_2/out/val/store.json cannot be used"):
+        pipeline_runs.start(config, "masks")
+
+
+def test_the_report_leaves_out_what_belongs_to_another_config(copied):
+    config, folder = copied
+    config["stages"]["masks"]["regions"] = "${regions_1}"
+    assert Pipeline(copy.deepcopy(config)).start(until="masks") == 0
+    steps = {f"{kind}_{step}" for kind in ("erasing", "regions") for step in (1, 2, 3)}
+    assert set(scores(folder)) == {*steps, "cams", "masks"}
 
 
 def test_regions_of_other_tags_are_refused(copied):

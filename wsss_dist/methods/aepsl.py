@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 import kernels
@@ -52,12 +52,6 @@ class Config(StrictModel):
     prohibition: float = Field(0.1, ge=0, le=1)
     # ... by their scores, by the image's tags (the bound "+GT"), or not at all
     prohibit_by: Literal["scores", "tags", "nothing"] = "scores"
-
-    @model_validator(mode="after")
-    def _prohibition_needs_scores(self) -> Config:
-        if self.prohibit_by != "scores" and self.prohibition != Config.model_fields["prohibition"].default:
-            raise ValueError(f"'prohibition' is for prohibit_by: scores, not {self.prohibit_by}; remove one of the two")
-        return self
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
@@ -109,7 +103,7 @@ class Method(BaseMethod):
         if self.cfg.loss_size == "full":
             logits = cams.upsample(logits.float(), labels.shape[-2:])
         else:
-            labels = at_corners(labels, logits.shape[-2:])
+            labels = at_corners(labels, self.patch_size, logits.shape[-2:])
         terms = kernels.psl_loss(logits, self._weights(scores, batch.labels), labels, batch.labels)
         out = {
             "loss_cls": loss_cls.detach(),
@@ -129,15 +123,32 @@ class Method(BaseMethod):
         """CAM of "erasing"; of "segmentation" the log of w f, with w the weights that prohibit classes."""
         if self.segmenter is None:
             return Prediction(cam=cams.multi_scale(self.class_maps, batch.images, batch.labels, views.cam_scales))
-        per_scale, single = [], None
+        per_scale, scores, single = [], [], None
         size = batch.images.shape[-2:]
         for scale in views.seg_scales:
             x = cams.rescaled(batch.images, scale)
-            plain, mirrored = self._predict(torch.cat([x, x.flip(-1)]), batch.labels.repeat(2, 1)).chunk(2)
-            per_scale.append((cams.upsample(plain, size) + cams.upsample(mirrored.flip(-1), size)) / 2)
+            features = self.backbone(torch.cat([x, x.flip(-1)]))
+            maps = self._resized(self.segmenter(features).float(), x.shape[-2:])
+            plain, mirrored = maps.chunk(2)
+            per_scale.append(cams.upsample((plain + mirrored.flip(-1)) / 2, size))
+            v = self._confidences(self.head(features, True).float())
+            scores.append(v.view(2, *batch.labels.shape).mean(0))
             if scale == 1.0:
-                single = cams.upsample(plain, size)
-        return Prediction(logits=cams.fuse_logits(per_scale, list(views.seg_scales), views.fuse), single=single)
+                single = self.weighted(plain, batch.labels if self.knows_tags else v[: len(x)])
+        fused = cams.fuse_logits(per_scale, list(views.seg_scales), views.fuse)
+        v = batch.labels if self.knows_tags else torch.stack(scores).mean(0)
+        return Prediction(logits=self.weighted(fused, v), single=single)
+
+    @property
+    def knows_tags(self) -> bool:
+        """The bound "+GT"."""
+        return self.cfg.prohibit_by == "tags"
+
+    def _resized(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps of the grid at the size of the image, in the places that the loss gives the cells."""
+        if self.cfg.loss_size == "full":
+            return cams.upsample(maps, size)
+        return from_corners(maps, self.patch_size, size)
 
     def class_maps(self, images: Tensor, pairs: Tensor, mirror: bool = True) -> Tensor:
         """Rectified maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""
@@ -157,12 +168,6 @@ class Method(BaseMethod):
             return self._confidences(scores.detach())
         return labels if self.cfg.psl == "tags" else torch.ones_like(labels)
 
-    def _predict(self, images: Tensor, labels: Tensor) -> Tensor:
-        features = self.backbone(images)
-        logits = self.segmenter(features).float()
-        scores = self.cfg.prohibit_by == "scores"
-        return self.weighted(logits, self._confidences(self.head(features, True).float()) if scores else labels)
-
     def weighted(self, logits: Tensor, v: Tensor) -> Tensor:
         """Logits [B, K, h, w] plus ln w', w' = [1, v'] and v' = v [B, C] where v >= p, else 0: a class that cannot win.
 
@@ -175,9 +180,19 @@ class Method(BaseMethod):
         return logits + F.pad(v.float().log().clamp_min(NEVER), (1, 0))[:, :, None, None]
 
 
-def at_corners(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def at_corners(labels: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
     """Labels [B, H, W] at pixels 0, s, 2s, ... of a grid [h, w] of stride s, as in the training of DeepLab."""
-    stride = max(1, round(labels.shape[-1] / size[1]))
     picked = labels[:, ::stride, ::stride][:, : size[0], : size[1]]
     missing = (0, size[1] - picked.shape[2], 0, size[0] - picked.shape[1])
     return F.pad(picked, missing, value=IGNORE)
+
+
+def from_corners(maps: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+    """Maps [B, K, h, w] whose cell i stands for pixel i s -> [B, K, H, W], bilinear between the cells.
+
+    What lies beyond the last cell repeats the last pixel: the inverse of `at_corners`, as the interpolation of DeepLab.
+    """
+    inner = tuple((side - 1) * stride + 1 for side in maps.shape[-2:])
+    full = F.interpolate(maps, size=inner, mode="bilinear", align_corners=True)
+    missing = (0, max(0, size[1] - inner[1]), 0, max(0, size[0] - inner[0]))
+    return F.pad(full, missing, mode="replicate")[..., : size[0], : size[1]]

@@ -92,6 +92,11 @@ class BaseMethod(nn.Module):
         """Weights of earlier runs that it was built from; their classes have to be those of this run."""
         return []
 
+    @property
+    def knows_tags(self) -> bool:
+        """Does the segmentation of `predict` use the tags of the image?"""
+        return False
+
     def after_step(self, step: int) -> None:
         """Called on every rank once per optimiser step, after it (moving averages and the like)."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
+from wsss_dist.data.erased import read_manifest
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
 from wsss_dist.stages.base import Stage, StageConfig, grey_of, png_writer, read_png, read_scores
@@ -59,16 +60,30 @@ def run(stage: Stage) -> dict[str, Any]:
             f"stage '{stage.name}': indoor_classes names {', '.join(unknown[:3])}, no class of '{dataset.name}'; "
             f"its classes are {', '.join(dataset.class_names)}"
         )
+    for split, (dataset, _) in stage.splits().items():
+        folder = cfg.regions / "out" / split
+        read_manifest(folder).check(folder, dataset)
     indoor = torch.tensor([name in cfg.indoor_classes for name in dataset.class_names])
 
     def work(sample: EvalSample, split: str, dataset: Dataset):
         size = tuple(sample.image.shape[-2:])
         classes, regions = read_regions(cfg.regions, split, sample.id, size, len(dataset.class_names))
+        tags = sample.labels.nonzero()[:, 0].tolist()
+        if classes.tolist() != tags:
+            raise UserError(
+                f"stage '{stage.name}': the regions of image {sample.id} in {cfg.regions / 'out' / split} are of the "
+                f"classes {classes.tolist()}; expected its tags, {tags}: run the stage '{cfg.regions.name}' again"
+            )
         if cfg.saliency is not None:
             threshold = cfg.indoor if bool((sample.labels > 0)[indoor].any()) else cfg.outdoor
             background = grey_of(cfg.saliency, split, sample.id, size, dataset) < threshold
         else:
             scores = read_scores(cfg.cams, split, sample.id, size, len(dataset.class_names))
+            if scores is None and len(classes):
+                raise UserError(
+                    f"stage '{stage.name}': {cfg.cams / 'out' / split} has no maps of image {sample.id}; expected "
+                    f"those of its tags: run the stage '{cfg.cams.name}' with this split"
+                )
             background = torch.ones(size, dtype=torch.bool, device=regions.device)
             if scores is not None:
                 background = scores.maps.amax(0) < cfg.cam_background

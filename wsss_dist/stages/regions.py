@@ -66,6 +66,12 @@ def run(stage: Stage) -> dict[str, Any]:
     """Mine the regions; returns kind "regions"."""
     cfg: Config = stage.config
     method = stage.network(cfg.network, "class_maps", "class activation maps")
+    if cfg.data.train_split not in stage.splits():
+        raise UserError(
+            f"stage '{stage.name}': its splits are {', '.join(stage.splits())}; expected '{cfg.data.train_split}' "
+            "among them, whose mean colour takes the place of what is erased"
+        )
+    _check_network(stage)
     means = _check_before(stage)
     mean = next(iter(means.values()), None) or mean_colour(stage)
 
@@ -109,12 +115,12 @@ def select(maps: Tensor, rule: str, share: float, erased: Tensor | None = None) 
         erased: bool [H, W], pixels that take no part; None: all do.
     """
     allowed = torch.ones_like(maps[:1], dtype=torch.bool) if erased is None else ~erased[None]
+    smallest = torch.where(allowed, maps, torch.inf).amin((1, 2), keepdim=True)
     maps = torch.where(allowed, maps, 0.0)
-    largest, smallest = maps.amax((1, 2), keepdim=True), maps.amin((1, 2), keepdim=True)
-    if rule == "quantile":
-        count = int(share * int(allowed.sum()))
-        level = maps.flatten(1).topk(max(count, 1)).values[:, -1, None, None]
-        taken = (maps >= level) & (count > 0)
+    largest = maps.amax((1, 2), keepdim=True)
+    if rule == "quantile":  # of equal pixels the first ones, so that it is no more than the share
+        first = maps.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, : int(share * int(allowed.sum()))]
+        taken = torch.zeros_like(maps, dtype=torch.bool).flatten(1).scatter(1, first, True).view_as(maps)
     else:
         taken = maps > share * largest if rule == "frac_max" else maps >= (1 - share) * largest
     return taken & allowed & (maps > 0) & (largest - smallest >= FLAT)
@@ -124,16 +130,10 @@ def mean_colour(stage: Stage) -> list[float]:
     """Mean RGB in 0..255 over all pixels of all training images of the stage, from integer sums; a collective call.
 
     Raises:
-        UserError: the training split is none of the stage's, or an image cannot be read.
+        UserError: an image cannot be read.
     """
     data = stage.config.data
-    splits = stage.splits()
-    if data.train_split not in splits:
-        raise UserError(
-            f"stage '{stage.name}': its splits are {', '.join(splits)}; expected '{data.train_split}' among them, "
-            "whose mean colour takes the place of what is erased"
-        )
-    dataset, rows = splits[data.train_split]
+    dataset, rows = stage.splits()[data.train_split]
     sums = torch.zeros(4, dtype=torch.int64)
     for sample in build_inference_loader(dataset, data, rows[dist.rank() :: dist.world_size()]):
         sums[:3] += sample.image.sum((1, 2))
@@ -189,6 +189,21 @@ def picture(folder: Path, split: str, image_id: str) -> tuple[str, np.ndarray] |
         return None
     labels, regions = load_regions(path, 255)
     return "regions", (regions * (labels + 1)[:, None, None]).astype(np.uint8)
+
+
+def _check_network(stage: Stage) -> None:
+    """Hold that the classifier was trained with exactly the regions of the step before erased."""
+    cfg: Config = stage.config
+    maps = config_of(cfg.network).data.maps.values()
+    # stage and split alone, so that a run may be moved
+    found = ["/".join(m.dir.parts[-3:]) for m in maps if m.kind == "erased"]
+    expected = [] if cfg.before is None else [f"{cfg.before.name}/out/{cfg.data.train_split}"]
+    if found != expected:
+        erased, says = (", ".join(names) or "nothing" for names in (found, expected))
+        raise UserError(
+            f"stage '{stage.name}': the network of '{cfg.network.name}' was trained with {erased} erased, 'before' "
+            f"says {says}; expected the same: correct 'before', or the data.maps of the network"
+        )
 
 
 def _check_before(stage: Stage) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """The final prediction of a trained segmentation network: multi-scale, with mirror images, and a dense CRF.
 
-out/<split>/<id>.png: 0 background, 1..C classes, without any tag. Source: P-NOC (arXiv 2305.12522).
+out/<split>/<id>.png: 0 background, 1..C classes, without any tag unless the method asks for them. Source: P-NOC (arXiv
+2305.12522).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Config(StageConfig):
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Make the labels; returns kind "seg_crf", or "seg" without a CRF."""
+    """Make the labels; returns kind "seg_crf" ("seg_tags_crf" where tags are used), without "_crf" if there is none."""
     cfg: Config = stage.config
     method = stage.network(cfg.network, changes=cfg.method)
     multi_scale = Views(seg_scales=cfg.scales, fuse=cfg.fuse)
@@ -50,7 +51,8 @@ def run(stage: Stage) -> dict[str, Any]:
         return png_writer(logits.argmax(0) if cfg.crf is None else crf_labels(logits, sample.image, cfg.crf))
 
     stage.make(".png", work)
-    return score_labels(stage, lambda *key: read_png(stage.folder, *key), "seg" if cfg.crf is None else "seg_crf")
+    kind = ("seg_tags" if method.knows_tags else "seg") + ("" if cfg.crf is None else "_crf")
+    return score_labels(stage, lambda *key: read_png(stage.folder, *key), kind)
 
 
 def _batch(sample: EvalSample, image: torch.Tensor) -> Batch:

@@ -24,6 +24,11 @@ def squared_softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(tags > 0, distance, 0.0).mean()
 
 
+def squared_sigmoid_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared distance of sigmoid(logits) [B, C] to tags [B, C] in {0, 1}, mean over classes and images."""
+    return (logits.float().sigmoid() - labels).square().mean()
+
+
 def balanced_segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross-entropy with background and foreground averaged apart, half each (ToCo and PCRE, L_seg).
 

@@ -42,6 +42,8 @@ class OptimConfig(StrictModel):
         of_another = ("betas", "eps") if self.name == "sgd" else ("momentum", "nesterov")
         if given := [key for key in of_another if getattr(self, key) != type(self).model_fields[key].default]:
             raise ValueError(f"'{given[0]}' is no setting of name: {self.name}; remove it")
+        if self.schedule != "step" and self.milestones != type(self).model_fields["milestones"].default:
+            raise ValueError(f"'milestones' is no setting of schedule: {self.schedule}; remove it")
         if self.nesterov and self.momentum == 0:
             raise ValueError("'nesterov' needs a 'momentum' above 0")
         return self

@@ -127,7 +127,19 @@ def _regions(result: dict[str, Any], pictures: Path) -> str:
     if not steps:
         return ""
     path = pictures / "regions.png"
-    report_plots.region_curves({s: [scores[s] for _, scores in steps if s in scores] for s in splits}, path)
+    chains: list[list[dict[str, dict]]] = []
+    for _, scores in steps:
+        if not chains or any(metrics.get("step") == 1 for metrics in scores.values()):
+            chains.append([])
+        chains[-1].append(scores)
+    points = {
+        split if len(chains) == 1 else f"{split}, run {number} of erasing": [scores[split] for scores in chain]
+        for number, chain in enumerate(chains, start=1)
+        for split in splits
+        if all("region_recall" in scores.get(split, {}) for scores in chain)
+    }
+    if points:
+        report_plots.region_curves(points, path)
     rows = []
     for stage, scores in steps:
         shares = ("region_recall", "region_precision", "region_share")
@@ -139,7 +151,7 @@ def _regions(result: dict[str, Any], pictures: Path) -> str:
         [
             "<h2>Mined regions</h2>",
             "<p>After each step of adversarial erasing, merged with the steps before, in percent.</p>",
-            embedded(path, "recall and precision of the mined regions after each step"),
+            embedded(path, "recall and precision of the mined regions after each step") if points else "",
             table(["stage", *head, "classifier"], rows),
         ]
     )

@@ -16,7 +16,7 @@ from tests.data.test_damaged import damage
 from tests.train import pipeline_runs
 from tests.train.ranks import run_ranks
 from tests.train.test_pipeline import kill_when, outputs, scores
-from wsss_dist.data.erased import load_regions, read_manifest
+from wsss_dist.data.erased import load_regions, read_manifest, regions_writer
 from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.pipeline import Pipeline
@@ -242,10 +242,74 @@ def test_regions_of_other_tags_are_refused(copied):
         (Image.new("L", (63, 64)), r"is 64 x 63 .height x width.; expected an 8-bit grey PNG of 64 x 64"),
         (Image.new("RGB", (64, 64)), "cannot be used .*RGB"),
         (Image.new("I;16", (64, 64)), "cannot be used .*I;16"),
+        (Image.new("L", (64, 64), 1), "holds the values 0 and 1 alone; expected .* 0 to 255"),
     ],
 )
 def test_saliency_that_does_not_fit_names_both_files(copied, tmp_path, make, message):
     config, folder = copied
+    section, grey = with_saliency(config, folder, tmp_path)
+    assert Pipeline(copy.deepcopy(config)).start("masks") == 0
+    wrong = sorted((grey / "train").iterdir())[5]
+    wrong.unlink()
+    if make is not None:
+        make.save(wrong)
+    shutil.rmtree(folder / "masks")
+    image = Path(config["data"]["root"]) / "images/train" / f"{wrong.stem}.jpg"
+    with pytest.raises(UserError, match=f"saliency map {wrong} {message}.*image {image}: make it again"):
+        Pipeline(copy.deepcopy(config)).start("masks")
+
+
+def test_indoor_classes_are_classes_of_the_data(copied, tmp_path):
+    """Also where the list is the default, VOC's."""
+    config, folder = copied
+    section, _ = with_saliency(config, folder, tmp_path)
+    for names in (["sofa"], None):
+        section["indoor_classes"] = names
+        if names is None:
+            del section["indoor_classes"]
+        with pytest.raises(UserError, match=r"stage 'masks': indoor_classes names .*disc-0.*, or write \[\]"):
+            Pipeline(copy.deepcopy(config)).start("masks")
+
+
+def test_masks_without_a_decided_pixel_are_counted(copied, tmp_path, capfd):
+    """Without a region and salient all over: nothing is decided."""
+    config, folder = copied
+    _, grey = with_saliency(config, folder, tmp_path)
+    names = sorted(path.stem for path in (grey / "train").iterdir())[:2]
+    for name in names:
+        Image.new("L", (64, 64), 255).save(grey / "train" / f"{name}.png")
+        path = folder / "regions_2/out/train" / f"{name}.npz"
+        labels, regions = load_regions(path, 3)
+        with open(path, "wb") as file:
+            regions_writer(labels, np.zeros_like(regions))(file)
+    assert Pipeline(copy.deepcopy(config)).start("masks") == 0
+    empty = [p.stem for p in (folder / "masks/out/train").iterdir() if (np.array(Image.open(p)) == 255).all()]
+    assert set(names) <= set(empty) and len(empty) < TRAIN
+    assert f"masks, train: {len(empty)} of {TRAIN} images have no decided pixel" in capfd.readouterr().out
+
+
+def test_a_damaged_image_stops_the_mean_colour_on_every_rank(copied, tmp_path):
+    """On two ranks, one of which does not meet it, the run ends with status 2 and the image's name."""
+    config, folder = copied
+    shutil.rmtree(folder / "regions_1")
+    root = tmp_path / "data"
+    shutil.copytree(config["data"]["root"], root)
+    config["data"]["root"] = str(root)
+    bad = sorted((root / "images").rglob("*.jpg"))[3]
+    bad.write_bytes(bad.read_bytes()[:40])
+    errors = run_ranks(2, tmp_path, fails_with, config, "regions_1")
+    assert all(bad.name in error for error in errors), errors
+
+
+def fails_with(config, stage):
+    """The message of the UserError that a stage ends with."""
+    with pytest.raises(UserError) as caught:
+        Pipeline(copy.deepcopy(config)).start(stage)
+    return str(caught.value)
+
+
+def with_saliency(config, folder, tmp_path):
+    """The section of the masks, with grey maps on disk as background cue, and their folder."""
     grey = tmp_path / "grey"
     for split in ("train", "val"):
         (grey / split).mkdir(parents=True)
@@ -253,12 +317,6 @@ def test_saliency_that_does_not_fit_names_both_files(copied, tmp_path, make, mes
             Image.new("L", (64, 64), 40).save(grey / split / f"{path.stem}.png")
     section = config["stages"]["masks"]
     del section["cams"]
-    section["saliency"] = str(grey)
-    assert Pipeline(copy.deepcopy(config)).start("masks") == 0
-    wrong = sorted((grey / "train").iterdir())[5]
-    wrong.unlink()
-    if make is not None:
-        make.save(wrong)
+    section |= {"saliency": str(grey), "indoor_classes": []}
     shutil.rmtree(folder / "masks")
-    with pytest.raises(UserError, match=f"saliency map {wrong} {message}.*image {wrong.stem} of .*: make it again"):
-        Pipeline(copy.deepcopy(config)).start("masks")
+    return section, grey

@@ -14,13 +14,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import kernels
 from wsss_dist import cam as cams
 from wsss_dist.data.batch import Batch
-from wsss_dist.losses import squared_softmax_loss, tag_loss
+from wsss_dist.losses import squared_sigmoid_loss, squared_softmax_loss, tag_loss
 from wsss_dist.methods.base import BaseMethod, Prediction, Views, check_stage
 from wsss_dist.models.cam_heads import CamHead
 from wsss_dist.models.groups import pretrained_and_new
@@ -30,6 +30,7 @@ from wsss_dist.schema import ConfigPath, StrictModel
 
 IGNORE = 255
 NEVER = -1e4  # logarithm of the weight of a prohibited class
+_TAG_LOSSES = {"squared": squared_softmax_loss, "squared_sigmoid": squared_sigmoid_loss, "bce": tag_loss}
 
 
 class Config(StrictModel):
@@ -40,18 +41,27 @@ class Config(StrictModel):
     # a finished run with this backbone to go on from, such as the classifier of the step before; null: the backbone's
     # own weights, as published
     start: ConfigPath | None = None
-    # squared: HCP's squared distance of the softmax to the tags' shares; bce: multi-label soft margin of the logits
-    tag_loss: Literal["squared", "bce"] = "squared"
+    # squared: HCP's squared distance of the softmax to the tags' shares; squared_sigmoid: of each sigmoid to its tag;
+    # bce: multi-label soft margin of the logits
+    tag_loss: Literal["squared", "squared_sigmoid", "bce"] = "squared"
     # ---- of variant segmentation
     psl: Literal["scores", "tags", "ones", "off"] = "scores"  # weights of the classes in the online mask
     psl_warmup: float = Field(0.0, ge=0, le=1)  # share of the run without the term of the online mask
-    # pixels of the loss: those of the masks at the corners of the grid, or all, with the logits resized to them
+    # pixels of the loss: those that the cells of the grid stand for, or all, with the logits resized to them
     loss_size: Literal["grid", "full"] = "grid"
     scale_scores: bool = False  # divide the scores of an image by their maximum before they weight the classes
     # at test time, classes with a score below this are prohibited ...
     prohibition: float = Field(0.1, ge=0, le=1)
     # ... by their scores, by the image's tags (the bound "+GT"), or not at all
     prohibit_by: Literal["scores", "tags", "nothing"] = "scores"
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_variant(self) -> Config:
+        of_segmentation = ("psl", "psl_warmup", "loss_size", "scale_scores", "prohibition", "prohibit_by")
+        changed = [key for key in of_segmentation if getattr(self, key) != type(self).model_fields[key].default]
+        if changed and self.variant == "erasing":
+            raise ValueError(f"'{changed[0]}' is no setting of variant: erasing; remove it")
+        return self
 
     def check_run(self, run: object) -> None:
         """What must hold between the method and the rest of the run."""
@@ -88,9 +98,10 @@ class Method(BaseMethod):
         return [] if self.cfg.start is None else [self.cfg.start]
 
     def param_groups(self) -> list[dict]:
-        """Pretrained weights x1, biases x2, new weights x10, new biases x20."""
-        heads = [self.head] if self.segmenter is None else [self.head, self.segmenter]
-        return pretrained_and_new(self.backbone.pretrained, [*self.backbone.new, *heads])
+        """Weights of the backbone x1, its biases x2; the last layers, and they alone, x10 and x20."""
+        return pretrained_and_new(
+            [self.backbone], [self.head] if self.segmenter is None else [self.head, self.segmenter]
+        )
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """L_cls, and in "segmentation" J(f, S) + J(f, S^) + L_cls, means over the images."""
@@ -101,9 +112,9 @@ class Method(BaseMethod):
             return {"loss": loss_cls, "loss_cls": loss_cls.detach()}
         logits, labels = self.segmenter(features), batch.maps["labels"]
         if self.cfg.loss_size == "full":
-            logits = cams.upsample(logits.float(), labels.shape[-2:])
+            logits = self.backbone.to_image(logits.float(), labels.shape[-2:])
         else:
-            labels = at_corners(labels, self.patch_size, logits.shape[-2:])
+            labels = self.backbone.at_cells(labels, logits.shape[-2:], IGNORE)
         terms = kernels.psl_loss(logits, self._weights(scores, batch.labels), labels, batch.labels)
         out = {
             "loss_cls": loss_cls.detach(),
@@ -128,7 +139,7 @@ class Method(BaseMethod):
         for scale in views.seg_scales:
             x = cams.rescaled(batch.images, scale)
             features = self.backbone(torch.cat([x, x.flip(-1)]))
-            maps = self._resized(self.segmenter(features).float(), x.shape[-2:])
+            maps = self.backbone.to_image(self.segmenter(features).float(), x.shape[-2:])
             plain, mirrored = maps.chunk(2)
             per_scale.append(cams.upsample((plain + mirrored.flip(-1)) / 2, size))
             v = self._confidences(self.head(features, True).float())
@@ -144,18 +155,17 @@ class Method(BaseMethod):
         """The bound "+GT"."""
         return self.cfg.prohibit_by == "tags"
 
-    def _resized(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Maps of the grid at the size of the image, in the places that the loss gives the cells."""
-        if self.cfg.loss_size == "full":
-            return cams.upsample(maps, size)
-        return from_corners(maps, self.patch_size, size)
-
     def class_maps(self, images: Tensor, pairs: Tensor, mirror: bool = True) -> Tensor:
-        """Rectified maps [P, h, w] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""
-        return cams.rectified_maps(lambda x: self.head(self.backbone(x)), images, pairs, mirror)
+        """Rectified maps [P, H, W] of P pairs of images [B, 3, H, W], plus those of the mirror images where asked."""
+        maps = self.head(self.backbone(torch.cat([images, images.flip(-1)]) if mirror else images)).float().relu()
+        planes = [
+            self.backbone.to_image(part[pairs[:, 0], pairs[:, 1]][:, None], images.shape[-2:])[:, 0]
+            for part in maps.split(len(images))
+        ]
+        return planes[0] + planes[1].flip(-1) if mirror else planes[0]
 
     def _tag_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return squared_softmax_loss(scores, labels) if self.cfg.tag_loss == "squared" else tag_loss(scores, labels)
+        return _TAG_LOSSES[self.cfg.tag_loss](scores, labels)
 
     def _confidences(self, scores: Tensor) -> Tensor:
         """v [B, C] in [0, 1], of the classifier's logits."""
@@ -178,21 +188,3 @@ class Method(BaseMethod):
         if self.cfg.prohibit_by == "scores":
             v = torch.where(v >= self.cfg.prohibition, v, 0.0)
         return logits + F.pad(v.float().log().clamp_min(NEVER), (1, 0))[:, :, None, None]
-
-
-def at_corners(labels: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
-    """Labels [B, H, W] at pixels 0, s, 2s, ... of a grid [h, w] of stride s, as in the training of DeepLab."""
-    picked = labels[:, ::stride, ::stride][:, : size[0], : size[1]]
-    missing = (0, size[1] - picked.shape[2], 0, size[0] - picked.shape[1])
-    return F.pad(picked, missing, value=IGNORE)
-
-
-def from_corners(maps: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
-    """Maps [B, K, h, w] whose cell i stands for pixel i s -> [B, K, H, W], bilinear between the cells.
-
-    What lies beyond the last cell repeats the last pixel: the inverse of `at_corners`, as the interpolation of DeepLab.
-    """
-    inner = tuple((side - 1) * stride + 1 for side in maps.shape[-2:])
-    full = F.interpolate(maps, size=inner, mode="bilinear", align_corners=True)
-    missing = (0, max(0, size[1] - inner[1]), 0, max(0, size[0] - inner[0]))
-    return F.pad(full, missing, mode="replicate")[..., : size[0], : size[1]]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from pydantic import Field
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from wsss_dist.errors import UserError
@@ -31,9 +33,10 @@ class TrunkConfig(StrictModel):
 
 
 class Trunk(nn.Module):
-    """Images [B, 3, H, W] -> features [B, D, h, w].
+    """Images [B, 3, H, W] -> features [B, D, h, w], h = ceil(H / stride), w = ceil(W / stride).
 
-    dim is D, patch_size the stride; pretrained and new are the modules that start from weights and from random numbers.
+    dim is D, patch_size the stride. Cell i stands for pixel `offset` + i stride: with symmetric padding `offset` is 0,
+    with TensorFlow's, all at the far side, the last pixel of a cell; of a ViT it is the middle of the patch.
 
     Raises:
         UserError: a network of another structure, settings it does not have, or weights that do not fit.
@@ -47,26 +50,25 @@ class Trunk(nn.Module):
             self._refuse(output_stride=STRIDE, norm="normal", frozen_stages=0, recompute=False)
             self.body: nn.Module = LargeFov(cfg.name, cfg.weights)
             self.patch_size = STRIDE
-            self.pretrained, self.new = [self.body.body], [self.body.view]
         elif self.is_vit:
-            self._refuse(norm="normal", recompute=False)
+            self._refuse(output_stride=TrunkConfig().output_stride, norm="normal", recompute=False)
             same = {"name": cfg.name, "weights": cfg.weights, "last_block": "attention"}
             vit = parse(BackboneConfig, {**same, "frozen_blocks": cfg.frozen_stages}, "method.backbone")
             self.body = ViT(vit, num_class_tokens=0)
             self.patch_size = self.body.patch_size
-            self.pretrained, self.new = [self.body], []
         else:
             self.body = build_pyramid(parse(ResNetConfig, cfg.model_dump(), "method.backbone"))
             self.patch_size = cfg.output_stride
-            self.pretrained, self.new = [self.body], []
         self.dim: int = self.body.dim
+        tensorflow = any(isinstance(m, Conv2dSame) for m in self.body.modules())
+        self.offset: int = self.patch_size // 2 if self.is_vit else (self.patch_size - 1) * tensorflow
 
     def _refuse(self, **fixed: object) -> None:
         for key, value in fixed.items():
             if getattr(self.cfg, key) != value:
                 raise UserError(
                     f"config: 'method.backbone.{key}' is {getattr(self.cfg, key)!r}, which {self.cfg.name!r} does not "
-                    f"have; expected {value!r}"
+                    "have; leave it out"
                 )
 
     @property
@@ -75,7 +77,27 @@ class Trunk(nn.Module):
         return weights_note(self.cfg.weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.body(images)
         if self.is_vit:
+            bottom, right = (-side % self.patch_size for side in images.shape[-2:])
+            features = self.body(F.pad(images, (0, right, 0, bottom)))
             return features.as_map(features.patches)
+        features = self.body(images)
         return features[-1] if isinstance(features, tuple) else features
+
+    def to_image(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps [B, K, h, w] of the grid -> [B, K, H, W], bilinear between the cells, constant beyond the outer ones."""
+        height, width = maps.shape[-2:]
+        if self.is_vit:
+            whole = (height * self.patch_size, width * self.patch_size)
+            full = F.interpolate(maps, size=whole, mode="bilinear", align_corners=False)
+        else:
+            inner = ((height - 1) * self.patch_size + 1, (width - 1) * self.patch_size + 1)
+            full = F.interpolate(maps, size=inner, mode="bilinear", align_corners=True)
+            beyond = [max(0, side - self.offset - n) for side, n in zip(size, inner, strict=True)]
+            full = F.pad(full, (self.offset, beyond[1], self.offset, beyond[0]), mode="replicate")
+        return full[..., : size[0], : size[1]]
+
+    def at_cells(self, labels: Tensor, grid: tuple[int, int], missing: int) -> Tensor:
+        """Labels [B, H, W] of the pixels that the cells of a grid (h, w) stand for; `missing` beyond the image."""
+        picked = labels[:, self.offset :: self.patch_size, self.offset :: self.patch_size][:, : grid[0], : grid[1]]
+        return F.pad(picked, (0, grid[1] - picked.shape[2], 0, grid[0] - picked.shape[1]), value=missing)

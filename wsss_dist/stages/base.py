@@ -91,17 +91,8 @@ class Stage:
             UserError: on every rank, if any of them met one.
         """
         for split, (dataset, rows) in self.splits().items():
-            error: UserError | None = None
-            without = 0
-            try:
-                without = self._make_split(split, dataset, rows, suffix, work)
-            except UserError as caught:
-                error = caught
-            found = dist.all_gather_object((error and str(error), without))
-            messages = [message for message, _ in found if message]
-            if messages:
-                raise error or UserError(messages[0])
-            if left_out := dataset.left_out + sum(n for _, n in found):
+            without = together(lambda s=split, d=dataset, r=rows: self._make_split(s, d, r, suffix, work))
+            if left_out := dataset.left_out + sum(without):
                 self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
 
     def _make_split(self, split: str, dataset: Dataset, rows: np.ndarray, suffix: str, work: Callable) -> int:
@@ -121,6 +112,19 @@ class Stage:
             if number * 4 // len(todo) > (number - 1) * 4 // len(todo):
                 self.say(f"{self.name}, {split}: image {number}/{len(todo)}, {time.perf_counter() - start:.0f} s")
         return without
+
+
+def together(work: Callable[[], Any]) -> list[Any]:
+    """What `work()` returns on each rank; where it raised a UserError on any, every rank raises one. Collective."""
+    error, value = None, None
+    try:
+        value = work()
+    except UserError as caught:
+        error = caught
+    found = dist.all_gather_object((error and str(error), value))
+    if message := next((message for message, _ in found if message), None):
+        raise error or UserError(message)
+    return [value for _, value in found]
 
 
 def output(folder: Path, split: str, image_id: str, suffix: str) -> Path:
@@ -216,20 +220,22 @@ def grey_of(folder: Path, split: str, image_id: str, size: tuple[int, int], data
     """The grey map of an image, float32 [H, W] in [0, 1], of a stage's folder or from DIR/<split>/<id>.png.
 
     Raises:
-        UserError: missing, not 8-bit grey or of another size; names the map and the image.
+        UserError: missing, not 8-bit grey, of another size, or with no value but 0 and 1; names the map and the image.
     """
-    path = output(folder, split, image_id, ".png")
-    if not (folder / "out").is_dir():
-        path = folder / split / f"{image_id}.png"
+    made_here = (folder / "out").is_dir()
+    path = output(folder, split, image_id, ".png") if made_here else folder / split / f"{image_id}.png"
     try:
         picture = read_channel(path, ("L",))
         reason = f"is {picture.shape[0]} x {picture.shape[1]} (height x width)" if picture.shape != size else None
+        if not made_here and picture.size and picture.max() == 1:
+            reason = "holds the values 0 and 1 alone"
     except DamagedImage as error:
         reason = f"cannot be used ({error.reason})"
     if reason is not None:
+        row = next(i for i in range(len(dataset)) if dataset.id(i) == image_id)
         raise UserError(
-            f"stage: the saliency map {path} {reason}; expected an 8-bit grey PNG of {size[0]} x {size[1]}, as the "
-            f"image {image_id} of '{dataset.name}': make it again"
+            f"stage: the saliency map {path} {reason}; expected an 8-bit grey PNG of {size[0]} x {size[1]}, 0 to "
+            f"255, as the image {dataset.path(row)}: make it again"
         )
     return torch.from_numpy(picture).to(dist.device()).float() / 255
 

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from wsss_dist import dist
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
+from wsss_dist.data.decode import read_channel
 from wsss_dist.data.erased import read_manifest
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, grey_of, png_writer, read_png, read_scores
+from wsss_dist.stages.base import Stage, StageConfig, grey_of, png_writer, read_png, read_scores, together
 from wsss_dist.stages.pseudo_masks import picture
 from wsss_dist.stages.regions import read_regions
 from wsss_dist.stages.scores import IGNORE, score_labels
 
 __all__ = ["Config", "picture", "run"]
-# the supercategory "indoor" of VOC
+# the classes of VOC's supercategory "indoor"
 INDOOR = ["bottle", "chair", "diningtable", "pottedplant", "sofa", "tvmonitor"]
 
 
@@ -38,7 +41,7 @@ class Config(StageConfig):
     saliency: ConfigPath | None = None
     outdoor: float = Field(0.12, ge=0, le=1)  # saliency below: background
     indoor: float = Field(0.06, ge=0, le=1)  # the same for an image with any tag of ...
-    indoor_classes: list[str] = INDOOR
+    indoor_classes: list[str] = INDOOR  # [] where there are none
     # without saliency: folder of a stage of kind cams, background where no class has `cam_background`
     cams: ConfigPath | None = None
     cam_background: float = Field(0.05, ge=0, le=1)
@@ -55,10 +58,10 @@ def run(stage: Stage) -> dict[str, Any]:
     cfg: Config = stage.config
     (dataset, _), *_ = stage.splits().values()
     unknown = [name for name in cfg.indoor_classes if name not in dataset.class_names]
-    if unknown and cfg.indoor_classes != INDOOR:
+    if unknown and cfg.saliency is not None:
         raise UserError(
-            f"stage '{stage.name}': indoor_classes names {', '.join(unknown[:3])}, no class of '{dataset.name}'; "
-            f"its classes are {', '.join(dataset.class_names)}"
+            f"stage '{stage.name}': indoor_classes names {', '.join(unknown[:3])}, no class of '{dataset.name}'; name "
+            f"some of its classes, {', '.join(dataset.class_names)}, or write []"
         )
     for split, (dataset, _) in stage.splits().items():
         folder = cfg.regions / "out" / split
@@ -90,7 +93,20 @@ def run(stage: Stage) -> dict[str, Any]:
         return png_writer(assemble(classes, regions, background))
 
     stage.make(".png", work)
+    _say_undecided(stage)
     return score_labels(stage, lambda *key: read_png(stage.folder, *key), "region_masks")
+
+
+def _say_undecided(stage: Stage) -> None:
+    """Say how many images have a mask without a decided pixel: they train on their other terms."""
+    for split, (dataset, rows) in stage.splits().items():
+
+        def own(split: str = split, dataset: Dataset = dataset, rows: np.ndarray = rows) -> int:
+            paths = [stage.output(split, dataset.id(int(r)), ".png") for r in rows[dist.rank() :: dist.world_size()]]
+            return sum(bool((read_channel(path, ("L",)) == IGNORE).all()) for path in paths)
+
+        if count := sum(together(own)):
+            stage.say(f"{stage.name}, {split}: {count} of {len(rows)} images have no decided pixel")
 
 
 def assemble(classes: Tensor, regions: Tensor, background: Tensor) -> Tensor:

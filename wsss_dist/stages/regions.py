@@ -34,7 +34,7 @@ from wsss_dist.data.erased import (
 )
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, output, views
+from wsss_dist.stages.base import Stage, StageConfig, output, together, views
 from wsss_dist.stages.scores import score_regions
 from wsss_dist.trained import config_of
 
@@ -101,8 +101,10 @@ def run(stage: Stage) -> dict[str, Any]:
     losses = dist.on_main(lambda: _write_manifests(stage, mean))
     stage.say(f"{stage.name}: {stopping_rule(losses)}")
     scores = score_regions(stage, lambda *key: read_regions(stage.folder, *key))
-    of_classifier = {"classifier_loss": losses[-1], "stopping_rule": stopping_rule(losses)}
-    return {split: {"regions": {**kinds["regions"], **of_classifier}} for split, kinds in scores.items()}
+    of_classifier = {"step": len(losses), "classifier_loss": losses[-1], "stopping_rule": stopping_rule(losses)}
+    return {
+        split: {"regions": {**scores.get(split, {}).get("regions", {}), **of_classifier}} for split in stage.splits()
+    }
 
 
 def select(maps: Tensor, rule: str, share: float, erased: Tensor | None = None) -> Tensor:
@@ -130,15 +132,19 @@ def mean_colour(stage: Stage) -> list[float]:
     """Mean RGB in 0..255 over all pixels of all training images of the stage, from integer sums; a collective call.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read; on every rank.
     """
     data = stage.config.data
     dataset, rows = stage.splits()[data.train_split]
-    sums = torch.zeros(4, dtype=torch.int64)
-    for sample in build_inference_loader(dataset, data, rows[dist.rank() :: dist.world_size()]):
-        sums[:3] += sample.image.sum((1, 2))
-        sums[3] += sample.image[0].numel()
-    red, green, blue, pixels = dist.all_reduce_sum(sums).tolist()
+
+    def own() -> Tensor:
+        sums = torch.zeros(4, dtype=torch.int64)
+        for sample in build_inference_loader(dataset, data, rows[dist.rank() :: dist.world_size()]):
+            sums[:3] += sample.image.sum((1, 2))
+            sums[3] += sample.image[0].numel()
+        return sums
+
+    red, green, blue, pixels = sum(together(own)).tolist()
     return [red / pixels, green / pixels, blue / pixels]
 
 
@@ -154,9 +160,17 @@ def read_regions(
     device = dist.device()
     if not path.is_file():
         return torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, *size, dtype=torch.bool, device=device)
+    labels, regions = _load(folder, path, num_classes, tuple(size))
+    return torch.from_numpy(labels).to(device), torch.from_numpy(regions).to(device)
+
+
+def _load(
+    folder: Path, path: Path, num_classes: int, size: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`load_regions` of a file that the stage in `folder` made, held to `size` if one is given."""
     try:
         labels, regions = load_regions(path, num_classes)
-        if regions.shape[1:] != tuple(size):
+        if size not in (None, regions.shape[1:]):
             raise UnfitRegions(
                 f"are regions of {regions.shape[1]} x {regions.shape[2]} pixels", f"{size[0]} x {size[1]}"
             )
@@ -166,7 +180,7 @@ def read_regions(
             f"stage: {path} {found}; expected {expected}: delete it, with {folder / 'stage.json'}, and run the config "
             f"again: the stage '{folder.name}' makes it"
         ) from None
-    return torch.from_numpy(labels).to(device), torch.from_numpy(regions).to(device)
+    return labels, regions
 
 
 def stopping_rule(losses: list[float | None]) -> str:
@@ -187,7 +201,7 @@ def picture(folder: Path, split: str, image_id: str) -> tuple[str, np.ndarray] |
     path = output(folder, split, image_id, ".npz")
     if not path.is_file():
         return None
-    labels, regions = load_regions(path, 255)
+    labels, regions = _load(folder, path, 255)
     return "regions", (regions * (labels + 1)[:, None, None]).astype(np.uint8)
 
 

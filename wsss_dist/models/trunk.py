@@ -35,8 +35,9 @@ class TrunkConfig(StrictModel):
 class Trunk(nn.Module):
     """Images [B, 3, H, W] -> features [B, D, h, w], h = ceil(H / stride), w = ceil(W / stride).
 
-    dim is D, patch_size the stride. Cell i stands for pixel `offset` + i stride: with symmetric padding `offset` is 0,
-    with TensorFlow's, all at the far side, the last pixel of a cell; of a ViT it is the middle of the patch.
+    dim is D, patch_size the stride. Cell i stands for pixel `offset` + i stride. The offset is 0 with symmetric
+    padding, and the middle of the patch with a ViT. TensorFlow's padding is all at the far side, so that a cell looks
+    at its last pixel, but what a trained one finds there lies in its middle (docs/LOG.md).
 
     Raises:
         UserError: a network of another structure, settings it does not have, or weights that do not fit.
@@ -61,7 +62,8 @@ class Trunk(nn.Module):
             self.patch_size = cfg.output_stride
         self.dim: int = self.body.dim
         tensorflow = any(isinstance(m, Conv2dSame) for m in self.body.modules())
-        self.offset: int = self.patch_size // 2 if self.is_vit else (self.patch_size - 1) * tensorflow
+        self._in_the_middle = self.is_vit or tensorflow
+        self.offset: int = self.patch_size // 2 if self._in_the_middle else 0
 
     def _refuse(self, **fixed: object) -> None:
         for key, value in fixed.items():
@@ -77,24 +79,25 @@ class Trunk(nn.Module):
         return weights_note(self.cfg.weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.is_vit:
+        if self._in_the_middle:
             bottom, right = (-side % self.patch_size for side in images.shape[-2:])
-            features = self.body(F.pad(images, (0, right, 0, bottom)))
-            return features.as_map(features.patches)
+            images = F.pad(images, (0, right, 0, bottom))
         features = self.body(images)
+        if self.is_vit:
+            return features.as_map(features.patches)
         return features[-1] if isinstance(features, tuple) else features
 
     def to_image(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps [B, K, h, w] of the grid -> [B, K, H, W], bilinear between the cells, constant beyond the outer ones."""
         height, width = maps.shape[-2:]
-        if self.is_vit:
+        if self._in_the_middle:
             whole = (height * self.patch_size, width * self.patch_size)
             full = F.interpolate(maps, size=whole, mode="bilinear", align_corners=False)
         else:
             inner = ((height - 1) * self.patch_size + 1, (width - 1) * self.patch_size + 1)
             full = F.interpolate(maps, size=inner, mode="bilinear", align_corners=True)
-            beyond = [max(0, side - self.offset - n) for side, n in zip(size, inner, strict=True)]
-            full = F.pad(full, (self.offset, beyond[1], self.offset, beyond[0]), mode="replicate")
+            bottom, right = (max(0, side - n) for side, n in zip(size, inner, strict=True))
+            full = F.pad(full, (0, right, 0, bottom), mode="replicate")
         return full[..., : size[0], : size[1]]
 
     def at_cells(self, labels: Tensor, grid: tuple[int, int], missing: int) -> Tensor:

@@ -72,6 +72,12 @@ CONFIG = [
      "start 1 or 2 ranks"),
     ("evaluates during training, on nothing", train("train.eval_every=1", "data.eval_splits=[]"),
      "'data.eval_splits' is empty", "name a split"),
+    ("asked an erasing classifier for PSL", train("method={name: aepsl, variant: erasing, psl: tags}"),
+     "'psl' is no setting of variant: erasing", "remove it"),
+    ("trains AE-PSL's segmentation on nothing", train("method={name: aepsl, variant: segmentation}"),
+     "trained on the map 'labels' of an earlier stage", "add data.maps.labels"),
+    ("gave milestones to another schedule", train("optim.milestones=[0.5]"),
+     "'milestones' is no setting of schedule: poly", "remove it"),
     ("gave DeepSpeed a batch size", train("train.engine=deepspeed", "deepspeed={train_batch_size: 8}"),
      "'deepspeed.train_batch_size'", "decided by train.global_batch; remove it"),
     ("misspelt a DeepSpeed section", train("train.engine=deepspeed", "deepspeed={zero_optimisation: {}}"),
@@ -280,6 +286,15 @@ COMMANDS = [
      "run `python launch/evaluate.py"),
     ("reports on a damaged result", again(lambda r: m.cut(r / "result.json"), script="report"),
      "result.json is no JSON", "delete it and run"),
+    ("makes pseudo labels of a folder that is no run", command("pseudo_labels", "--run", "{}"),
+     "empty', which holds no config.yaml", "name a trained run's folder"),
+    ("misspelt the kind of pseudo labels", again(m.nothing, "--kind", "crf", script="pseudo_labels"), "'crf'",
+     "choose from .*seg_tags_crf"),
+    ("makes pseudo labels before a checkpoint",
+     again(lambda r: shutil.rmtree(r / "checkpoints"), script="pseudo_labels"), "checkpoints holds no good checkpoint",
+     "train the run first"),
+    ("asks a classifier for a segmentation", again(m.nothing, script="pseudo_labels"),
+     "method 'classifier' gives no segmentation", "choose another --kind"),
     ("compares into a table of Excel", command("report", "--compare", "{}", "--out", "a.xlsx"), "--out is 'a.xlsx'",
      "ends in .html or .md"),
     ("prepares a data set that we do not make", command("prepare_data", "coco"), "'coco'",
@@ -353,7 +368,7 @@ def test_what_looks_like_a_mistake_and_is_none(place):
     assert cfg.data.root == Path.home() / "x"
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "report", "prepare_data"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "pseudo_labels", "report", "prepare_data"])
 def test_nothing_is_installed(script):
     # -S: without site-packages, as a Python that knows nothing of us
     command = [sys.executable, "-I", "-S", str(m.ROOT / "launch" / f"{script}.py")]

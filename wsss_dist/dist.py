@@ -7,7 +7,7 @@ of one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -199,6 +199,31 @@ def broadcast_object(value: T, src: int = 0) -> T:
     box = [value]
     td.broadcast_object_list(box, src)
     return box[0]
+
+
+_ranges = 0
+
+
+def shared_range(total: int, block: int = 4) -> Iterator[int]:
+    """0 .. total - 1, each handed to one rank, whoever asks first, so that a slow rank does less.
+
+    Ascending on every rank. Every rank has to make the call, in the same order among such calls.
+
+    Args:
+        total: how many.
+        block: so many in a row go to one rank.
+    """
+    global _ranges
+    _ranges += 1
+    if world_size() == 1:
+        return iter(range(total))
+    return _shared_range(f"wsss_dist/range/{_ranges}", total, block)
+
+
+def _shared_range(key: str, total: int, block: int) -> Iterator[int]:
+    store = td.distributed_c10d._get_default_store()
+    while (start := (store.add(key, 1) - 1) * block) < total:
+        yield from range(start, min(start + block, total))
 
 
 def barrier() -> None:

@@ -127,7 +127,7 @@ def evaluate_splits(
     datasets = open_splits(cfg, splits)
     for split, dataset in datasets.items():
         start = time.perf_counter()
-        with _inference(method):
+        with inference(method):
             tally = _score_split(method, cfg, dataset, split, step, final)
         results[split] = tally.results(cfg.eval.beta)
         records[split] = {
@@ -164,19 +164,20 @@ def _score_split(method: BaseMethod, cfg: RunConfig, dataset: Any, split: str, s
     loader = build_eval_loader(dataset, cfg.data, rank=dist.rank(), world_size=dist.world_size())
     total = _num_images(dataset, cfg)
     keep = _strided(total, cfg.report.num_images) if final else set()
-    inputs = ((sample, _network_input(sample.image.to(_device(method)), cfg.eval.size, method)) for sample in loader)
+    inputs = ((sample, network_input(sample.image.to(device_of(method)), cfg.eval.size, method)) for sample in loader)
     positions = itertools.count(dist.rank(), dist.world_size())
     views = Views(cfg.eval.cam_scales, cfg.eval.seg_scales, cfg.eval.fuse, step=step, extras=final)
     for chunk in _chunks(_progress(inputs, len(loader), f"evaluate {split}"), cfg.eval.batch):
         samples, images = zip(*chunk, strict=True)
-        batch = _batch(samples, torch.stack(images))
+        batch = batch_of(samples, torch.stack(images))
         prediction = method.predict(batch, views)
         for i, sample in enumerate(samples):
             score_image(tally, prediction, i, sample, cfg.eval.crf, keep=next(positions) in keep)
     return tally
 
 
-def _batch(samples: Sequence[EvalSample], images: Tensor) -> Batch:
+def batch_of(samples: Sequence[EvalSample], images: Tensor) -> Batch:
+    """The batch of images [B, 3, H, W], as they go into the network, with the tags of their samples."""
     device = images.device
     return Batch(
         images=images,
@@ -190,22 +191,23 @@ def _batch(samples: Sequence[EvalSample], images: Tensor) -> Batch:
 # ---------------------------------------------------------------------------------------------------- tensors
 
 
-def _network_input(image: Tensor, size: int | None, method: nn.Module) -> Tensor:
+def network_input(image: Tensor, size: int | None, method: nn.Module) -> Tensor:
     """[3, H, W] uint8 -> normalised float32 at the network's size (bilinear, half-pixel centres, no antialiasing)."""
     patch = getattr(method, "patch_size", 1)
     native = [max(patch, round(s / patch) * patch) for s in image.shape[-2:]]
     return normalise(resized(image.float(), tuple(native) if size is None else (size, size)))
 
 
-def _device(method: nn.Module) -> torch.device:
+def device_of(method: nn.Module) -> torch.device:
+    """Where a method's parameters are."""
     return next(method.parameters()).device
 
 
 @contextmanager
-def _inference(method: nn.Module) -> Iterator[None]:
+def inference(method: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient; afterwards each submodule's training flag and the random state are as found."""
     flags = {module: module.training for module in method.modules()}
-    device = _device(method)
+    device = device_of(method)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         method.eval()
         try:

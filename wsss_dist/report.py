@@ -314,7 +314,7 @@ def _cells(values: list[str]) -> str:
 
 
 def _swatch(class_id: int) -> str:
-    from wsss_dist.report_plots import voc_palette
+    from wsss_dist.data.palette import voc_palette
 
     colour = "#" + voc_palette()[class_id].tobytes().hex()
     return f'<svg width="12" height="12"><rect width="12" height="12" fill="{colour}"/></svg> '

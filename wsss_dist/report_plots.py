@@ -17,22 +17,14 @@ matplotlib.use("Agg")  # before pyplot: a report is made on machines without a d
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+from wsss_dist.data.palette import voc_palette  # noqa: E402
+
 PANEL = 208  # longest side of a panel in pixels
 GAP = 6
 TEXT = 24  # height of a line of text
 INK = (40, 40, 40)
 IGNORE = (255, 255, 255)
 CURVE_COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7030a0", "#7f6000", "#a0263c", "#2e8b8b", "#6b6b6b")
-
-
-def voc_palette(num_colours: int = 256) -> np.ndarray:
-    """The PASCAL VOC colour map, uint8 [num_colours, 3] RGB: bit i of each colour comes from bits 3i, 3i+1, 3i+2."""
-    ids = np.arange(num_colours)
-    palette = np.zeros((num_colours, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
 
 
 def label_panel(image: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -84,12 +84,12 @@ def score_image(
         cam = resized(prediction.cam[i, tags].float(), size)
         _score_cam(tally, cam, tags, gt)
         shown["cam"] = _bytes(cam)
-    labels = _labels(prediction, i, sample, crf)
+    labels = labels_of(prediction, i, sample, crf)
     for kind, pred in labels.items():
         tally.add(kind, pred, gt)
     pseudo = prediction.extras.get("pseudo")
     if pseudo is not None:
-        tally.add_pseudo(_resized_labels(pseudo[i], size), gt)
+        tally.add_pseudo(resized_labels(pseudo[i], size), gt)
     if keep:
         shown |= {kind: labels[kind].to(torch.uint8).cpu().numpy() for kind in ("seg", "seg_crf") if kind in labels}
         extras = {f"extra_{n}": _shown_extra(maps[i], tags, size) for n, maps in prediction.extras.items()}
@@ -104,7 +104,7 @@ def _score_cam(tally: Tally, cam: Tensor, tags: list[int], gt: Tensor) -> None:
     tally.sweep.update(value, class_ids[which], gt)
 
 
-def _labels(prediction: Prediction, i: int, sample: EvalSample, crf: CRFConfig | None) -> dict[str, Tensor]:
+def labels_of(prediction: Prediction, i: int, sample: EvalSample, crf: CRFConfig | None) -> dict[str, Tensor]:
     """Kind -> labels [H, W] int64 of a method with a segmentation head."""
     size, out = tuple(sample.image.shape[-2:]), {}
     if prediction.single is not None:
@@ -132,7 +132,7 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def _resized_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def resized_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """[H, W] labels -> [*size] int64, nearest."""
     return F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].long()
 
@@ -151,7 +151,7 @@ def _shown_extra(maps: Tensor, tags: list[int], size: tuple[int, int]) -> np.nda
     """A map of the report at native size: [C, H, W] floats -> uint8 of the tags; [H, W] labels -> uint8 labels."""
     if maps.ndim == 3:
         return _bytes(resized(maps[tags].float(), size))
-    return _resized_labels(maps, size).to(torch.uint8).cpu().numpy()
+    return resized_labels(maps, size).to(torch.uint8).cpu().numpy()
 
 
 def _bytes(maps: Tensor) -> np.ndarray:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
+from wsss_dist.data.palette import voc_palette
 from wsss_dist.errors import UserError
 from wsss_dist.metrics import ConfusionMatrix
 from wsss_dist.report import KINDS, build_comparison, build_report, load_result, results_text
-from wsss_dist.report_plots import CURVE_COLOURS, heat_panel, label_panel, voc_palette
+from wsss_dist.report_plots import CURVE_COLOURS, heat_panel, label_panel
 from wsss_dist.scoring import LABEL_KINDS
 
 NAMES = ["background", "bird", "vehicle", "tool"]

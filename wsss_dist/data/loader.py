@@ -6,7 +6,7 @@ G global batch, A micro batches per rank and step, n images. The sample at posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -194,10 +194,10 @@ def build_eval_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_siz
     if dataset.has_masks:
         dataset.open_masks()
     chosen = chosen_rows(dataset, cfg.val_limit)[rank::world_size]
-    return _EvalLoader(_EvalSamples(dataset, chosen, masks=True), cfg.num_workers)
+    return _EvalLoader(_EvalSamples(dataset, masks=True), chosen, cfg.num_workers)
 
 
-def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: np.ndarray) -> DataLoader:
+def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: Iterable[int]) -> DataLoader:
     """Images of a split with id and tags and without masks, for a stage that makes something of each.
 
     One `EvalSample` an item, its mask None: the masks of the split are never opened.
@@ -205,11 +205,11 @@ def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: np.ndarray) 
     Args:
         dataset: the split.
         cfg: num_workers.
-        rows: positions of the images in the order wanted, int64.
+        rows: positions of the images in the order wanted; asked for one by one, PREFETCH a worker ahead of their use.
     Raises:
         UserError: iterating: an image that cannot be read.
     """
-    return _EvalLoader(_EvalSamples(dataset, rows, masks=False), cfg.num_workers)
+    return _EvalLoader(_EvalSamples(dataset, masks=False), rows, cfg.num_workers)
 
 
 def check_eval_samples(dataset: Dataset, cfg: DataConfig, count: int = 8) -> None:
@@ -231,8 +231,8 @@ def chosen_rows(dataset: Dataset, limit: int | None) -> np.ndarray:
 
 
 class _EvalLoader(DataLoader):
-    def __init__(self, samples: _EvalSamples, num_workers: int) -> None:
-        super().__init__(samples, batch_size=None, shuffle=False, **_workers(num_workers))
+    def __init__(self, samples: _EvalSamples, rows: Iterable[int], num_workers: int) -> None:
+        super().__init__(samples, batch_size=None, sampler=rows, **_workers(num_workers))
 
     def __iter__(self) -> Iterator[EvalSample]:
         for item in super().__iter__():
@@ -240,16 +240,12 @@ class _EvalLoader(DataLoader):
 
 
 class _EvalSamples(torch.utils.data.Dataset):
-    def __init__(self, dataset: Dataset, indices: np.ndarray, masks: bool) -> None:
-        self.dataset, self.indices, self.masks = dataset, indices, masks
+    def __init__(self, dataset: Dataset, masks: bool) -> None:
+        self.dataset, self.masks = dataset, masks
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, k: int) -> EvalSample | UserError:
-        index = int(self.indices[k])
+    def __getitem__(self, row: int) -> EvalSample | UserError:
         try:
-            return _eval_sample(self.dataset, index, self.masks)
+            return _eval_sample(self.dataset, int(row), self.masks)
         except UserError as error:
             return error
 

@@ -17,7 +17,7 @@ from wsss_dist.crf import LabelCRFConfig, crf_of_labels
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Scores, Stage, StageConfig, png_writer, read_png, read_scores
+from wsss_dist.stages.base import Scores, Stage, StageConfig, label_writer, read_png, read_scores
 from wsss_dist.stages.pseudo_masks import picture
 from wsss_dist.stages.scores import IGNORE, score_labels
 
@@ -45,9 +45,9 @@ def run(stage: Stage) -> dict[str, Any]:
             device = dist.device()
             scores = Scores(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, *size, device=device))
         if cfg.saliency is None:
-            return png_writer(labels_of_cams(scores, sample.image, cfg))
+            return label_writer(labels_of_cams(scores, sample.image, cfg))
         salient = read_png(cfg.saliency, split, sample.id, size).float() / 255
-        return png_writer(labels_with_saliency(scores, salient, sample.image, cfg))
+        return label_writer(labels_with_saliency(scores, salient, sample.image, cfg))
 
     stage.make(".png", work)
     return score_labels(stage, lambda *key: read_png(stage.folder, *key), "affinity_labels")

@@ -1,8 +1,9 @@
 """What every stage that makes one file per image shares: which images, which rank, what is there already.
 
 The images of a stage are those of its splits, by default the training split and data.eval_splits (of the latter
-data.val_limit, as in an evaluation). Image i of a split is made by rank i mod ranks. A file that is there is whole,
-since it is written under another name first: a stage that was killed goes on with the images that are missing.
+data.val_limit, as in an evaluation). A rank takes a few images at a time, whoever asks first, and an image has the same
+bytes on whichever rank. A file that is there is whole, since it is written under another name first: a stage that was
+killed goes on with the images that are missing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from wsss_dist.data import DataConfig, Dataset, build_dataset, build_inference_l
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.decode import DamagedImage, read_channel
 from wsss_dist.data.maps import UnfitMap, load_scores
+from wsss_dist.data.palette import voc_palette
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
 from wsss_dist.schema import StrictModel
@@ -91,27 +93,63 @@ class Stage:
             UserError: on every rank, if any of them met one.
         """
         for split, (dataset, rows) in self.splits().items():
-            without = together(lambda s=split, d=dataset, r=rows: self._make_split(s, d, r, suffix, work))
-            if left_out := dataset.left_out + sum(without):
+            without = make_files(
+                f"{self.name}, {split}",
+                dataset,
+                rows,
+                self.config.data,
+                lambda image_id, split=split: self.output(split, image_id, suffix),
+                lambda sample, split=split, dataset=dataset: work(sample, split, dataset),
+                self.say,
+            )
+            if left_out := dataset.left_out + without:
                 self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
 
-    def _make_split(self, split: str, dataset: Dataset, rows: np.ndarray, suffix: str, work: Callable) -> int:
-        """This rank's images of a split; how many of them have no file."""
-        mine = [int(r) for r in rows[dist.rank() :: dist.world_size()]]
-        todo = [r for r in mine if not self.output(split, dataset.id(r), suffix).is_file()]
-        if len(todo) < len(mine):
-            self.say(f"{self.name}, {split}: {len(mine) - len(todo)} of {len(mine)} images are there already")
-        loader = build_inference_loader(dataset, self.config.data, np.array(todo, dtype=np.int64))
-        without, start = 0, time.perf_counter()
-        for number, sample in enumerate(loader, start=1):
-            write = work(sample, split, dataset)
+
+def make_files(
+    name: str,
+    dataset: Dataset,
+    rows: np.ndarray,
+    cfg: DataConfig,
+    path_of: Callable[[str], Path],
+    work: Callable[[EvalSample], Callable[[IO], None] | None],
+    say: Callable[[str], None],
+) -> int:
+    """Make the file of every image that has none, the ranks together; a collective call.
+
+    Args:
+        name: of what is made, for the lines that say how far it is.
+        dataset: the split.
+        rows: positions of its images, ascending, int64.
+        cfg: num_workers.
+        path_of: id of an image -> its file.
+        work: sample -> what writes the content into an open file, or None for an image without.
+        say: takes those lines.
+    Returns:
+        how many images have no file.
+    Raises:
+        UserError: on every rank, if any of them met one.
+    """
+    todo = dist.on_main(lambda: np.array([r for r in rows if not path_of(dataset.id(int(r))).is_file()], np.int64))
+    if len(todo) < len(rows):
+        say(f"{name}: {len(rows) - len(todo)} of {len(rows)} images are there already")
+    claimed = (int(todo[k]) for k in dist.shared_range(len(todo)))
+
+    def own() -> int:
+        without, quarter, start = 0, 0, time.perf_counter()
+        for sample in build_inference_loader(dataset, cfg, claimed):
+            write = work(sample)
             if write is None:
                 without += 1
             else:
-                _write(self.output(split, sample.id, suffix), write)
-            if number * 4 // len(todo) > (number - 1) * 4 // len(todo):
-                self.say(f"{self.name}, {split}: image {number}/{len(todo)}, {time.perf_counter() - start:.0f} s")
+                _write(path_of(sample.id), write)
+            number = int(np.searchsorted(todo, sample.index)) + 1
+            if number * 4 // len(todo) > quarter:
+                quarter = number * 4 // len(todo)
+                say(f"{name}: image {number}/{len(todo)}, {time.perf_counter() - start:.0f} s")
         return without
+
+    return sum(together(own))
 
 
 def together(work: Callable[[], Any]) -> list[Any]:
@@ -180,6 +218,18 @@ def png_writer(picture: Tensor) -> Callable[[IO], None]:
     return lambda file: Image.fromarray(array).save(file, "PNG")
 
 
+def label_writer(labels: Tensor) -> Callable[[IO], None]:
+    """What writes [H, W] class ids as an 8-bit PNG with the colours of PASCAL VOC as its palette."""
+    array = labels.to(torch.uint8).cpu().numpy()
+
+    def write(file: IO) -> None:
+        picture = Image.fromarray(array)
+        picture.putpalette(voc_palette().tobytes())
+        picture.save(file, "PNG")
+
+    return write
+
+
 def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], num_classes: int) -> Scores | None:
     """What `scores_writer` wrote of an image of the given size; None for an image without a file.
 
@@ -202,14 +252,14 @@ def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], 
 
 
 def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int]) -> Tensor:
-    """What `png_writer` wrote of an image of the given size, uint8 [H, W].
+    """What `png_writer` or `label_writer` wrote of an image of the given size, uint8 [H, W].
 
     Raises:
         UserError: missing, damaged or of another size; names the file and the stage that makes it.
     """
     path = output(folder, split, image_id, ".png")
     try:
-        picture = read_channel(path, ("L",))
+        picture = read_channel(path, ("L", "P"))
     except DamagedImage as error:
         raise _unusable(path, folder, error.reason) from None
     _check_size(path, folder, picture.shape, size)

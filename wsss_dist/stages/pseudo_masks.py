@@ -17,7 +17,7 @@ from wsss_dist.crf import LabelCRFConfig, crf_of_labels
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, output, png_writer, read_png, read_scores
+from wsss_dist.stages.base import Stage, StageConfig, label_writer, output, read_png, read_scores
 from wsss_dist.stages.scores import score_labels
 
 
@@ -37,12 +37,12 @@ def run(stage: Stage) -> dict[str, Any]:
         size = tuple(sample.image.shape[-2:])
         scores = read_scores(cfg.scores, split, sample.id, size, len(dataset.class_names))
         if scores is None:
-            return png_writer(torch.zeros(size))
+            return label_writer(torch.zeros(size))
         labels = torch.cat([torch.full_like(scores.maps[:1], cfg.background), scores.maps]).argmax(0)
         names = torch.cat([scores.classes.new_zeros(1), scores.classes + 1])
         if cfg.crf is not None:
             labels = crf_of_labels(labels, len(names), sample.image, cfg.crf)
-        return png_writer(names[labels])
+        return label_writer(names[labels])
 
     stage.make(".png", work)
     return score_labels(stage, lambda *key: read_png(stage.folder, *key), "pseudo")

@@ -23,7 +23,7 @@ from wsss_dist.data.decode import read_channel
 from wsss_dist.data.erased import read_manifest
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, grey_of, png_writer, read_png, read_scores, together
+from wsss_dist.stages.base import Stage, StageConfig, grey_of, label_writer, read_png, read_scores, together
 from wsss_dist.stages.pseudo_masks import picture
 from wsss_dist.stages.regions import read_regions
 from wsss_dist.stages.scores import IGNORE, score_labels
@@ -90,7 +90,7 @@ def run(stage: Stage) -> dict[str, Any]:
             background = torch.ones(size, dtype=torch.bool, device=regions.device)
             if scores is not None:
                 background = scores.maps.amax(0) < cfg.cam_background
-        return png_writer(assemble(classes, regions, background))
+        return label_writer(assemble(classes, regions, background))
 
     stage.make(".png", work)
     _say_undecided(stage)
@@ -103,7 +103,7 @@ def _say_undecided(stage: Stage) -> None:
 
         def own(split: str = split, dataset: Dataset = dataset, rows: np.ndarray = rows) -> int:
             paths = [stage.output(split, dataset.id(int(r)), ".png") for r in rows[dist.rank() :: dist.world_size()]]
-            return sum(bool((read_channel(path, ("L",)) == IGNORE).all()) for path in paths)
+            return sum(bool((read_channel(path, ("L", "P")) == IGNORE).all()) for path in paths)
 
         if count := sum(together(own)):
             stage.say(f"{stage.name}, {split}: {count} of {len(rows)} images have no decided pixel")

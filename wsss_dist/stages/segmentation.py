@@ -18,7 +18,7 @@ from wsss_dist.data.batch import Batch, EvalSample
 from wsss_dist.errors import UserError
 from wsss_dist.methods.base import Views
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, png_writer, read_png, views
+from wsss_dist.stages.base import Stage, StageConfig, label_writer, read_png, views
 from wsss_dist.stages.pseudo_masks import picture
 from wsss_dist.stages.scores import score_labels
 
@@ -48,7 +48,7 @@ def run(stage: Stage) -> dict[str, Any]:
         if logits is None:
             raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no segmentation")
         logits = upsample(logits.float(), tuple(sample.image.shape[-2:]))[0]
-        return png_writer(logits.argmax(0) if cfg.crf is None else crf_labels(logits, sample.image, cfg.crf))
+        return label_writer(logits.argmax(0) if cfg.crf is None else crf_labels(logits, sample.image, cfg.crf))
 
     stage.make(".png", work)
     kind = ("seg_tags" if method.knows_tags else "seg") + ("" if cfg.crf is None else "_crf")

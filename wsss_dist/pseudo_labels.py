@@ -1,0 +1,210 @@
+"""What a trained run says of every image of a split, as files: labels for the training of another network, or CAMs.
+
+OUT/out/<split>/<id>.png (or .npz, .npy), as in the folder of a stage, and OUT/pseudo_labels.json with what made them.
+The ranks share the images, whoever is free takes the next ones; an image is alone in its batch, so that its file has
+the same bytes with any number of ranks. A file that is there is whole: started again, only the missing ones are made.
+
+Letters: C foreground classes, T tags of the image, H W its pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsss_dist import dist
+from wsss_dist.checkpoint import load_model_weights, newest_weights
+from wsss_dist.config import RunConfig
+from wsss_dist.crf import LabelCRFConfig, crf_labels, crf_of_labels
+from wsss_dist.data.batch import EvalSample
+from wsss_dist.data.erased import image_digest
+from wsss_dist.errors import UserError
+from wsss_dist.evaluate import batch_of, inference, network_input
+from wsss_dist.methods import load_method
+from wsss_dist.methods.base import Prediction, Views
+from wsss_dist.scoring import resized, resized_labels
+from wsss_dist.stages.base import (
+    Scores,
+    Stage,
+    StageConfig,
+    label_writer,
+    read_png,
+    read_scores,
+    scores_writer,
+)
+from wsss_dist.stages.scores import score_labels, score_maps
+from wsss_dist.trained import without_weights
+
+MANIFEST = "pseudo_labels.json"
+LABELS = {
+    "cam": "the best class of the CAM above eval.beta",
+    "cam_crf": "the same after a CRF that trusts it with 0.7 (IRNet)",
+    "seg": "segmentation head",
+    "seg_crf": "segmentation head + CRF",
+    "seg_tags": "segmentation head, the tags given",
+    "seg_tags_crf": "segmentation head + CRF, the tags given",
+    "pseudo": "the labels that the method itself is trained on, 255 undecided",
+}
+MAPS = {
+    "maps": "CAMs of the tags: .npz of `labels` int16 [T] and `full` float16 [T, H, W]",
+    "maps_irn": "CAMs of the tags as IRNet keeps them: .npy, a dict of `keys` [T], `cam` at stride 4 and `high_res`",
+}
+SUFFIXES = {**dict.fromkeys(LABELS, ".png"), "maps": ".npz", "maps_irn": ".npy"}
+
+
+@dataclass
+class Made:
+    """What `make_pseudo_labels` made: split -> number of files; split -> metrics, of splits with masks; seconds."""
+
+    files: dict[str, int]
+    scores: dict[str, dict[str, Any]]
+    seconds: float
+
+
+def make_pseudo_labels(
+    cfg: RunConfig, run_dir: Path, out: Path, kind: str, splits: list[str], say: Callable[[str], None]
+) -> Made:
+    """Make the files of all images of the splits; a collective call, and nothing is made twice.
+
+    Args:
+        cfg: of the run; `eval` and `data` may differ from those of the training.
+        run_dir: its folder, the newest checkpoint counts.
+        out: folder to make, or to go on with.
+        kind: one of `LABELS` or `MAPS`.
+        splits: names.
+        say: takes lines that say how far it is.
+    Raises:
+        UserError: no checkpoint, a method without such an output, files of other settings in `out`, a damaged image.
+    """
+    stage = Stage(out.name, out, StageConfig(data=cfg.data, splits=splits), say)
+    names = {tuple(dataset.class_names) for dataset, _ in stage.splits().values()}
+    if len(names) > 1:
+        raise UserError(f"data: the splits {', '.join(splits)} have different classes; make their files one by one")
+    method = load_method(cfg.method_name).Method(without_weights(cfg.method), len(names.pop()), cfg.train.steps)
+    step = load_model_weights(run_dir, method)
+    method.after_load()
+    method.to(dist.device())
+    dist.on_main(lambda: _check_manifest(stage, cfg, run_dir, kind, step))
+    views = _views(cfg, kind, step)
+
+    def work(sample: EvalSample, *_: Any) -> Callable[[IO], None] | None:
+        if kind in MAPS and not sample.labels.any():
+            return None
+        image = network_input(sample.image.to(dist.device()), cfg.eval.size, method)
+        prediction = method.predict(batch_of([sample], image[None]), views)
+        return _writer(prediction, sample, cfg, kind)
+
+    start = time.perf_counter()
+    with inference(method):
+        stage.make(SUFFIXES[kind], work)
+    seconds = time.perf_counter() - start
+    return Made({s: len(rows) for s, (_, rows) in stage.splits().items()}, _scores(stage, kind), seconds)
+
+
+def _views(cfg: RunConfig, kind: str, step: int) -> Views:
+    """Of the CAM or the segmentation head alone: nothing is computed that the kind does not need."""
+    of_cam, of_seg = kind.startswith(("cam", "maps")), kind.startswith("seg")
+    return Views(
+        cfg.eval.cam_scales if of_cam or kind == "pseudo" else [1.0],
+        cfg.eval.seg_scales if of_seg else [1.0],
+        cfg.eval.fuse,
+        step=step,
+        extras=kind == "pseudo",
+    )
+
+
+def _writer(prediction: Prediction, sample: EvalSample, cfg: RunConfig, kind: str) -> Callable[[IO], None]:
+    size = tuple(sample.image.shape[-2:])
+    tags = torch.nonzero(sample.labels > 0).flatten()
+    if kind == "pseudo":
+        return label_writer(resized_labels(_given(prediction.extras.get("pseudo"), cfg, kind)[0], size))
+    if kind.startswith("seg"):
+        return label_writer(_of_head(_given(prediction.logits, cfg, kind)[0], sample, tags, cfg, kind))
+    cam = resized(_given(prediction.cam, cfg, kind)[0, tags.to(dist.device())].float(), size)
+    if kind == "maps":
+        return scores_writer(Scores(tags, cam))
+    if kind == "maps_irn":
+        return _irn_writer(tags, cam)
+    best = torch.cat([torch.full_like(cam[:1] if len(cam) else cam.new_zeros(1, *size), cfg.eval.beta), cam]).argmax(0)
+    if kind == "cam_crf":
+        best = crf_of_labels(best, len(tags) + 1, sample.image, LabelCRFConfig())
+    return label_writer(torch.cat([tags.new_zeros(1), tags + 1]).to(best.device)[best])
+
+
+def _given(value: Tensor | None, cfg: RunConfig, kind: str) -> Tensor:
+    if value is None:
+        what = {"pseudo": "labels of its own", "seg": "segmentation"}.get(kind.split("_")[0], "class activation maps")
+        raise UserError(f"pseudo labels: method '{cfg.method_name}' gives no {what}; choose another --kind than {kind}")
+    return value
+
+
+def _of_head(logits: Tensor, sample: EvalSample, tags: Tensor, cfg: RunConfig, kind: str) -> Tensor:
+    logits = resized(logits.float(), tuple(sample.image.shape[-2:]))
+    allowed = torch.arange(len(logits), device=logits.device)
+    if "tags" in kind:
+        allowed = torch.cat([tags.new_zeros(1), tags + 1]).to(logits.device)
+    if not kind.endswith("crf"):
+        return allowed[logits[allowed].argmax(0)]
+    if cfg.eval.crf is None:
+        raise UserError(f"pseudo labels: 'eval.crf' is null, but --kind {kind} needs one; set it, or leave out _crf")
+    return allowed[crf_labels(logits[allowed], sample.image, cfg.eval.crf)]
+
+
+def _irn_writer(tags: Tensor, cam: Tensor) -> Callable[[IO], None]:
+    small = F.interpolate(cam[None], size=[-(-side // 4) for side in cam.shape[-2:]], mode="bilinear")[0]
+    content = {"keys": tags.cpu().numpy(), "cam": small.cpu().numpy(), "high_res": cam.cpu().numpy()}
+    return lambda file: np.save(file, content, allow_pickle=True)
+
+
+def _scores(stage: Stage, kind: str) -> dict[str, dict[str, Any]]:
+    """Split -> metrics of what the files say, on splits with masks."""
+    if kind == "maps":
+        found = score_maps(stage, lambda *key: read_scores(stage.folder, *key), kind)
+    elif kind == "maps_irn":
+        return {}
+    else:
+        found = score_labels(stage, lambda *key: read_png(stage.folder, *key), kind)
+    return {split: kinds[kind] for split, kinds in found.items()}
+
+
+def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step: int) -> None:
+    """Write OUT/pseudo_labels.json, or hold that the one there is the same but for the splits."""
+    with open(newest_weights(run_dir), "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = {
+        "run": cfg.run.name,
+        "method": cfg.method_name,
+        "step": step,
+        "weights": weights,
+        "kind": kind,
+        "eval": cfg.eval.model_dump(mode="json", exclude={"limit", "batch"}),
+    }
+    images = {split: image_digest(dataset) for split, (dataset, _) in stage.splits().items()}
+    path = stage.folder / MANIFEST
+    known = {"images": {}}
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"pseudo labels: {path} is no JSON ({error}); choose another --out, or delete it") from None
+        changed = [k for k, v in settings.items() if known.get(k) != v]
+        changed += [f"images of {s}" for s, v in images.items() if known.get("images", {}).get(s, v) != v]
+        if changed:
+            raise UserError(
+                f"pseudo labels: {path} is of other settings ({', '.join(changed)}), so the files there are others; "
+                f"expected the same: choose another --out, or delete {stage.folder}"
+            )
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{MANIFEST}.partial")
+    partial.write_text(json.dumps({**settings, "images": {**known["images"], **images}}, indent=1), encoding="utf-8")
+    partial.replace(path)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from wsss_dist.data import Dataset, build_dataset
+from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.pipeline import Pipeline
 
 NET = {"name": "resnet18", "weights": None}
 FIXED = {**NET, "norm": "fix"}
+TRAIN, VAL = 12, 4  # images of the splits
 
 
 def maps(name: str, stage: str, kind: str) -> dict[str, Any]:
@@ -107,6 +116,51 @@ def dataset(pipeline: Pipeline, split: str) -> Dataset:
 def start(config: dict[str, Any], only: str | None = None) -> int:
     """Run it on this rank."""
     return Pipeline(config).start(only)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As the processes of these tests have: another number of threads gives other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_data(folder: Path) -> Path:
+    """The pictures."""
+    return write_synthetic_dataset(folder, TRAIN, VAL, 64, 3, seed=0)
+
+
+def finished(config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Config and folder of a run that nothing disturbed; tests that change it work on a copy."""
+    assert start(copy.deepcopy(config)) == 0
+    return config, Path(config["run"]["dir"]) / "chain"
+
+
+def copy_of(whole: tuple[dict[str, Any], Path], target: Path) -> tuple[dict[str, Any], Path]:
+    """A finished run in a folder of a test, without checkpoints; weights are links: nothing writes in them."""
+    config, folder = whole
+
+    def copy_file(source: str, target: str) -> object:
+        return os.link(source, target) if source.endswith(".safetensors") else shutil.copy2(source, target)
+
+    ignore = shutil.ignore_patterns("checkpoints", "tensorboard")
+    shutil.copytree(folder, target / "chain", ignore=ignore, copy_function=copy_file)
+    config = copy.deepcopy(config)
+    config["run"]["dir"] = str(target)
+    return config, target / "chain"
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Stage -> its scores."""
+    result = json.loads((folder / "result.json").read_text())
+    return {stage["stage"]: stage["scores"] for stage in result["stages"]}
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Stage -> digest of what it made."""
+    return {stage.parent.name: json.loads(stage.read_text())["outputs"] for stage in folder.glob("*/stage.json")}
 
 
 if __name__ == "__main__":  # a process that a test kills

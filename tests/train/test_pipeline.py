@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,69 +13,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from tests.train import pipeline_runs
+from tests.train.pipeline_runs import TRAIN, outputs, scores
 from tests.train.ranks import run_ranks
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN, VAL = 12, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As the processes of these tests have: another number of threads gives other sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with pipeline_runs.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_synthetic_dataset(tmp_path_factory.mktemp("data"), TRAIN, VAL, 64, 3, seed=0)
+    return pipeline_runs.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """Config and folder of a run that nothing disturbed; tests that change it work on a copy."""
-    config = pipeline_runs.values(data, tmp_path_factory.mktemp("whole"))
-    assert pipeline_runs.start(copy.deepcopy(config)) == 0
-    return config, Path(config["run"]["dir"]) / "chain"
-
-
-def manifest(folder, stage):
-    return json.loads((folder / stage / "stage.json").read_text())
-
-
-def scores(folder):
-    result = json.loads((folder / "result.json").read_text())
-    return {stage["stage"]: stage["scores"] for stage in result["stages"]}
-
-
-def outputs(folder):
-    return {stage.parent.name: json.loads(stage.read_text())["outputs"] for stage in folder.glob("*/stage.json")}
+    return pipeline_runs.finished(pipeline_runs.values(data, tmp_path_factory.mktemp("whole")))
 
 
 @pytest.fixture
 def copied(whole, tmp_path):
-    """The finished run in a folder of this test, without checkpoints; weights are links: nothing writes in them."""
-    config, folder = whole
+    return pipeline_runs.copy_of(whole, tmp_path)
 
-    def copy_file(source, target):
-        return os.link(source, target) if source.endswith(".safetensors") else shutil.copy2(source, target)
 
-    ignore = shutil.ignore_patterns("checkpoints", "tensorboard")
-    shutil.copytree(folder, tmp_path / "chain", ignore=ignore, copy_function=copy_file)
-    config = copy.deepcopy(config)
-    config["run"]["dir"] = str(tmp_path)
-    return config, tmp_path / "chain"
+def manifest(folder, stage):
+    return json.loads((folder / stage / "stage.json").read_text())
 
 
 def test_every_stage_leaves_a_manifest_and_its_scores(whole):

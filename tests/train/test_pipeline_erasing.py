@@ -9,50 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.data.test_damaged import damage
 from tests.train import pipeline_runs
+from tests.train.pipeline_runs import TRAIN, outputs, scores
 from tests.train.ranks import run_ranks
-from tests.train.test_pipeline import kill_when, outputs, scores
+from tests.train.test_pipeline import kill_when
 from wsss_dist.data.erased import load_regions, read_manifest, regions_writer
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.pipeline import Pipeline
-
-TRAIN, VAL = 12, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with pipeline_runs.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_synthetic_dataset(tmp_path_factory.mktemp("data"), TRAIN, VAL, 64, 3, seed=0)
+    return pipeline_runs.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """Config and folder of a run that nothing disturbed."""
-    config = pipeline_runs.erasing_values(data, tmp_path_factory.mktemp("whole"))
-    assert pipeline_runs.start(copy.deepcopy(config)) == 0
-    return config, Path(config["run"]["dir"]) / "chain"
+    return pipeline_runs.finished(pipeline_runs.erasing_values(data, tmp_path_factory.mktemp("whole")))
 
 
 @pytest.fixture
 def copied(whole, tmp_path):
-    config, folder = whole
-    ignore = shutil.ignore_patterns("checkpoints", "tensorboard")
-    shutil.copytree(folder, tmp_path / "chain", ignore=ignore)
-    config = copy.deepcopy(config)
-    config["run"]["dir"] = str(tmp_path)
-    return config, tmp_path / "chain"
+    return pipeline_runs.copy_of(whole, tmp_path)
 
 
 def test_regions_grow_and_hold_the_share_of_each_step(whole):

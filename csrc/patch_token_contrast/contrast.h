@@ -1,4 +1,4 @@
-// The loops that patch_token_contrast and class_patch_contrast share on the CPU: no torch header.
+// The loops of patch_token_contrast on the CPU, some for class_patch_contrast too: no torch header.
 //
 // A matrix [rows, columns] is kept in panels of kPanel columns: [columns / kPanel, rows, kPanel], the last one filled
 // up with zeros. The unit vectors of tokens are such a matrix, d columns wide.
@@ -19,21 +19,22 @@ struct Units {
   int64_t rows, count;
 };
 
-// Columns [begin, begin + width) of the similarity of `rows` to `columns`; width is a multiple of kPanel. Where the two
-// are the same tokens, `paired` leaves out the diagonal, and rows before `begin` stand for their mirror image too.
+// Columns [begin, begin + width) of the similarity of tokens to each other, without the diagonal; width is a multiple of
+// kPanel. Rows before `begin` stand for their mirror image too.
 struct Strip {
-  Units rows, columns;
+  Units units;
   int64_t d, begin, width;
-  bool paired;
   float positive, negative;  // weight of a pair in the gradient
   const float* transposed;   // [width / kPanel, d, kPanel], d filled up to whole panels: see transpose_units
-  float* weights;            // [width / kPanel, rows.rows, kPanel], filled by similarity; null: sums alone
+  float* weights;            // [width / kPanel, units.rows, kPanel], filled by similarity; null: sums alone
 };
 
 struct PairSums {
   double positive = 0, negative = 0;
 };
 
+// Euclidean norm of x [d].
+double norm_of(const float* x, int64_t d);
 // Divides x [d] by the larger of its norm and kContrastEps; returns the norm.
 double normalise(float* x, int64_t d);
 // x [d] becomes row `row` of the `rows` rows in `panels`.

@@ -1,5 +1,5 @@
-// What the CPU bindings of patch_token_contrast and class_patch_contrast share: checks, tokens side by side, the walk
-// over the pairs of one image.
+// What the CPU bindings of patch_token_contrast and class_patch_contrast share: checks and tokens side by side; and the
+// walk over the pairs of one image.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -49,10 +49,10 @@ struct PairWeights {
   float positive, negative;
 };
 
-// Sums of |cos| over the pairs of `rows` and `columns`; of all ordered pairs of two tokens if both are the same object.
-// Unless `gradient` [N, D] is null, its rows at `places`, zero before, are set to the gradient of the row tokens.
-PairSums contrast_pairs(const UnitTokens& rows, const UnitTokens& columns, int64_t d, PairWeights weights,
-                        const std::vector<int64_t>& places, float* gradient);
+// Sums of |cos| over all ordered pairs of two tokens. Unless `gradient` [N, D] is null, its rows at `places`, zero
+// before, are set to the gradient of the tokens.
+PairSums contrast_pairs(const UnitTokens& tokens, int64_t d, PairWeights weights, const std::vector<int64_t>& places,
+                        float* gradient);
 
 // The loss from the sums and the numbers of pairs.
 inline double contrast_loss(const PairSums& sums, int64_t positive, int64_t negative) {

@@ -53,10 +53,10 @@ WSSS_INLINE void similarity_tile(const Strip& s, int64_t i, int64_t j, float (&s
   const int64_t panels = (s.d + kPanel - 1) / kPanel, column = j % kPanel;
   const float* b = s.transposed + j / kPanel * panels * kPanel * kPanel + column;
   for (int64_t p = 0; p < panels; ++p) {
-    multiply<kPanel, 1>(s.rows.data + (p * s.rows.rows + i) * kPanel, b + p * kPanel * kPanel, kPanel, tile);
+    multiply<kPanel, 1>(s.units.data + (p * s.units.rows + i) * kPanel, b + p * kPanel * kPanel, kPanel, tile);
   }
   const int64_t own = i - s.begin - j;  // the diagonal runs through column own + r
-  if (s.paired && own > -T::kRows && own < Tile<T>::kWidth) {
+  if (own > -T::kRows && own < Tile<T>::kWidth) {
     for (int r = 0; r < T::kRows; ++r) {
       for (int l = 0; l < Tile<T>::kWidth; ++l) {
         if (own + r == l) reinterpret_cast<float*>(tile.v[r])[l] = 0;
@@ -65,19 +65,19 @@ WSSS_INLINE void similarity_tile(const Strip& s, int64_t i, int64_t j, float (&s
   }
   for (int v = 0; v < T::kVectors; ++v) {
     I columns;
-    __builtin_memcpy(&columns, s.columns.labels + s.begin + j + v * T::kLanes, sizeof(I));
+    __builtin_memcpy(&columns, s.units.labels + s.begin + j + v * T::kLanes, sizeof(I));
     const int64_t at = column + v * T::kLanes;
     V positive = load<V>(sums[0] + at), negative = load<V>(sums[1] + at);
     for (int r = 0; r < T::kRows; ++r) {
       const V cosine = tile.v[r][v];
       const V size = cosine < 0 ? -cosine : cosine;
-      const I same = columns == s.rows.labels[i + r];
+      const I same = columns == s.units.labels[i + r];
       positive += same ? size : V{};
       negative += same ? V{} : size;
       if (s.weights) {
         const V weight = same ? V{} + s.positive : V{} + s.negative;
         const V signed_weight = cosine > 0 ? weight : cosine < 0 ? -weight : V{};
-        store(s.weights + (j / kPanel * s.rows.rows + i + r) * kPanel + at, signed_weight);
+        store(s.weights + (j / kPanel * s.units.rows + i + r) * kPanel + at, signed_weight);
       }
     }
     store(sums[0] + at, positive);
@@ -121,23 +121,22 @@ WSSS_INLINE void add_tile(const Tile<T>& tile, int64_t row, int64_t count, int64
 
 template <class T>
 WSSS_INLINE void gradient_columns(const Strip& s, int64_t last, int64_t panel, int64_t column, float* const* gradient) {
-  const int64_t at = panel * kPanel + column, rows = s.rows.rows;
-  const float* units = s.columns.data + (panel * s.columns.rows + s.begin) * kPanel + column;
+  const int64_t at = panel * kPanel + column, rows = s.units.rows;
+  const float* units = s.units.data + (panel * s.units.rows + s.begin) * kPanel + column;
   for (int64_t i = 0; i < last; i += T::kRows) {
     Tile<T> tile;
     for (int64_t j = 0; j < s.width; j += kPanel) {
       multiply<kPanel, 1>(s.weights + (j / kPanel * rows + i) * kPanel, units + j * kPanel, kPanel, tile);
     }
-    add_tile(tile, i, s.rows.count, at, s.d, gradient);
+    add_tile(tile, i, s.units.count, at, s.d, gradient);
   }
-  if (!s.paired) return;
-  units = s.rows.data + panel * rows * kPanel + column;
+  units = s.units.data + panel * rows * kPanel + column;
   for (int64_t k = 0; k < s.begin; k += kDepth) {
     const int64_t steps = std::min(kDepth, s.begin - k);
     for (int64_t j = 0; j < s.width; j += T::kRows) {
       Tile<T> tile;
       multiply<1, kPanel>(s.weights + (j / kPanel * rows + k) * kPanel + j % kPanel, units + k * kPanel, steps, tile);
-      add_tile(tile, s.begin + j, s.rows.count, at, s.d, gradient);
+      add_tile(tile, s.begin + j, s.units.count, at, s.d, gradient);
     }
   }
 }
@@ -184,7 +183,7 @@ void gradient_wide(const Strip& s, int64_t last, int64_t panel, float* const* gr
 }  // namespace
 
 WSSS_CLONES
-double normalise(float* x, int64_t d) {
+double norm_of(const float* x, int64_t d) {
   double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
@@ -193,8 +192,13 @@ double normalise(float* x, int64_t d) {
   for (; i < d; ++i) lanes[0] += static_cast<double>(x[i]) * x[i];
   double square = 0;
   for (const double lane : lanes) square += lane;
-  const double norm = std::sqrt(square), inverse = 1 / std::max(norm, kContrastEps);
-  for (i = 0; i < d; ++i) x[i] = static_cast<float>(x[i] * inverse);
+  return std::sqrt(square);
+}
+
+WSSS_CLONES
+double normalise(float* x, int64_t d) {
+  const double norm = norm_of(x, d), inverse = 1 / std::max(norm, kContrastEps);
+  for (int64_t i = 0; i < d; ++i) x[i] = static_cast<float>(x[i] * inverse);
   return norm;
 }
 

@@ -41,26 +41,25 @@ UnitTokens::UnitTokens(const at::Tensor& tokens, const Chosen& chosen, int64_t g
   });
 }
 
-PairSums contrast_pairs(const UnitTokens& rows, const UnitTokens& columns, int64_t d, PairWeights weights,
-                        const std::vector<int64_t>& places, float* gradient) {
-  const bool paired = &rows == &columns;
-  const Units units = rows.units();
-  const int64_t panels = round_up(d, kPanel) / kPanel, strip_width = std::min(kStrip, columns.units().rows);
+PairSums contrast_pairs(const UnitTokens& tokens, int64_t d, PairWeights weights, const std::vector<int64_t>& places,
+                        float* gradient) {
+  const Units units = tokens.units();
+  const int64_t panels = round_up(d, kPanel) / kPanel, strip_width = std::min(kStrip, units.rows);
   std::vector<float*> lines;
   for (const int64_t place : places) lines.push_back(gradient + (gradient ? place * d : 0));
   const auto transposed = floats(strip_width * panels * kPanel);
   const auto products = floats(gradient ? strip_width * units.rows : 0);
-  Strip strip{units, columns.units(), d, 0, 0, paired, weights.positive, weights.negative,
-              transposed.const_data_ptr<float>(), gradient ? products.mutable_data_ptr<float>() : nullptr};
+  Strip strip{units, d, 0, 0, weights.positive, weights.negative, transposed.const_data_ptr<float>(),
+              gradient ? products.mutable_data_ptr<float>() : nullptr};
   PairSums total;
   std::vector<PairSums> parts;
-  for (; strip.begin < strip.columns.rows; strip.begin += kStrip) {
-    strip.width = std::min(kStrip, strip.columns.rows - strip.begin);
-    const int64_t last = paired ? strip.begin + strip.width : units.rows;
+  for (; strip.begin < units.rows; strip.begin += kStrip) {
+    strip.width = std::min(kStrip, units.rows - strip.begin);
+    const int64_t last = strip.begin + strip.width;
     parts.assign(round_up(last, kRowsAtOnce) / kRowsAtOnce, {});
     at::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        transpose_units(strip.columns, strip.begin, strip.width, d, p, transposed.mutable_data_ptr<float>());
+        transpose_units(units, strip.begin, strip.width, d, p, transposed.mutable_data_ptr<float>());
       }
     });
     at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
@@ -69,7 +68,7 @@ PairSums contrast_pairs(const UnitTokens& rows, const UnitTokens& columns, int64
       }
     });
     for (int64_t p = 0; p < static_cast<int64_t>(parts.size()); ++p) {
-      const double times = paired && p * kRowsAtOnce < strip.begin ? 2 : 1;  // the mirror image of the pair
+      const double times = p * kRowsAtOnce < strip.begin ? 2 : 1;  // the mirror image of the pair
       total.positive += times * parts[p].positive;
       total.negative += times * parts[p].negative;
     }
@@ -80,7 +79,7 @@ PairSums contrast_pairs(const UnitTokens& rows, const UnitTokens& columns, int64
   }
   if (gradient) {
     at::parallel_for(0, units.count, kRowsAtOnce, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) through_norm(lines[i], units, i, d, rows.norms()[i]);
+      for (int64_t i = begin; i < end; ++i) through_norm(lines[i], units, i, d, tokens.norms()[i]);
     });
   }
   return total;

@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor> patch_token_contrast_cpu(const at::Tensor& to
     if (chosen[b].places.empty()) continue;
     const UnitTokens units(tokens.select(0, b), chosen[b], kPanel);
     float* rows = with_gradient ? gradient.mutable_data_ptr<float>() + b * n * d : nullptr;
-    const PairSums part = contrast_pairs(units, units, d, weights, chosen[b].places, rows);
+    const PairSums part = contrast_pairs(units, d, weights, chosen[b].places, rows);
     sums.positive += part.positive;
     sums.negative += part.negative;
   }

@@ -137,6 +137,19 @@ def test_native_half_labels_layout(dtype):
 
 
 @native
+def test_native_tokens_of_any_norm():
+    """Patches are read as they are and scaled afterwards: with norms of 1e-37 to 1e37 no digit is lost."""
+    z, f, labels, present = wider_example(2, 5, 70, 33)
+    f = f * (10.0 ** torch.linspace(-37, 37.4, 70)[:, None]).float()
+    z = z * torch.tensor([1e-5, 1e-3, 1, 1e10, 1e15])[:, None]
+    got, want = both(z, f, labels, present)
+    assert got[1].isfinite().all()
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=6e-8)
+    for mine, true in zip(got[1].flatten(0, 1), want[1].flatten(0, 1), strict=True):
+        assert (mine - true).norm() <= 1e-5 * true.norm()
+
+
+@native
 def test_native_nothing_to_compare_and_zero_tokens():
     z, f, labels, present = wider_example(2, 9, 50, 33)
     for y, p in ((torch.full_like(labels, 255), present), (labels, torch.zeros_like(present))):

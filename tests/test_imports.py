@@ -44,6 +44,23 @@ ALLOWED = {
         "wsss_dist.data.transforms",
         "wsss_dist.methods.base",
     },
+    "wsss_dist/peers": {
+        "kernels",
+        "wsss_dist.peers",
+        "wsss_dist.methods",
+        "wsss_dist.models",
+        "wsss_dist.data.batch",
+    },
+    "wsss_dist/benchmark": {
+        "kernels",
+        "wsss_dist.benchmark",
+        "wsss_dist.peers",
+        "wsss_dist.methods",
+        "wsss_dist.engine",
+        "wsss_dist.config",
+        "wsss_dist.data",
+        "wsss_dist.dist",
+    },
     "wsss_dist/stages": {
         "kernels",
         "wsss_dist.stages",

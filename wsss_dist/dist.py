@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 from wsss_dist.errors import CheckpointError, TrainingError, UserError
 
 T = TypeVar("T")
+_COLLECTIVES = (
+    *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list", "barrier"),
+)
 
 
 def init(
@@ -181,6 +186,11 @@ def broadcast(tensor: Tensor, src: int = 0) -> None:
     td.broadcast(moved, src)
     if moved.data_ptr() != data.data_ptr():
         data.copy_(moved)
+
+
+def collectives() -> tuple[ModuleType, list[str]]:
+    """The module that every collective goes through, DeepSpeed's too, and their names in it; for who times them."""
+    return td, [name for name in _COLLECTIVES if hasattr(td, name)]
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.train import tiny
 from wsss_dist import dist
+from wsss_dist.benchmark.contest import Contest, Options
 from wsss_dist.checkpoint import Checkpoints
 from wsss_dist.config import parse_config
 from wsss_dist.engine import Engine, build_engine
@@ -32,6 +33,11 @@ def make_engine(values: dict) -> Engine:
     dist.init(60)
     torch.manual_seed(cfg.run.seed)
     return build_engine(tiny.Method(cfg.method, tiny.C, cfg.train.steps), cfg)
+
+
+def benchmark(values: dict, **options: object) -> dict:
+    """Figures of a benchmark."""
+    return Contest(parse_config(values), Options(**options)).run()
 
 
 def steps_of(engine: Engine, first: int, last: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Prepare data and pretrained weights: `python launch/prepare_data.py stampscenes|weights|quickstart [options]`."""
+"""Prepare data sets, shards and pretrained weights: `python launch/prepare_data.py --help` lists what there is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _prepare(arguments: list[str] | None) -> int:
     args = _parser().parse_args(arguments)
+    if args.command in ("shards", "index"):
+        return _prepare_shards(args)
     if args.command in ("stampscenes", "quickstart"):
         settings = Settings(args.train, args.val, args.val_seen, args.size, args.seed, args.source)
         prepare_stampscenes(args.out, settings, args.cache, say=_say, track=_track)
@@ -51,6 +53,7 @@ def _parser() -> Parser:
     both.add_argument("--weights-out", type=Path, default=Path("data/weights"), help="folder for the weights")
     for command in (scenes, weights, both):
         command.add_argument("--cache", type=Path, default=default_cache(), help="folder of the downloads")
+    _add_shards(commands)
     return parser
 
 
@@ -70,6 +73,39 @@ def _track(items: Iterable, total: int) -> Iterator:
         yield item
         if k * 10 // total != (k - 1) * 10 // total:
             print(f"composed {k} of {total} scenes ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _prepare_shards(args) -> int:
+    classes = None
+    if args.classes is not None:
+        from wsss_dist.data.folder import read_classes
+
+        classes = read_classes(args.classes)
+    if args.command == "shards":
+        from wsss_dist.data.prepare.shards import parse_size, prepare_shards
+
+        size = parse_size(args.size)
+        prepare_shards(args.source, args.split, args.out, size=size, masks=args.masks, classes=classes, say=_say)
+    else:
+        from wsss_dist.data.prepare.index_shards import index_shards
+
+        index_shards(args.folder, args.split, args.out, classes, _say)
+    return 0
+
+
+def _add_shards(commands) -> None:
+    shards = commands.add_parser("shards", help="write a split of a data set as WebDataset shards")
+    shards.add_argument("--from", dest="source", required=True, metavar="FORMAT:FOLDER", help="coco:, voc: or folder:")
+    shards.add_argument("--split", required=True, help="name of the split")
+    shards.add_argument("--out", type=Path, required=True, help="folder to make; the split goes into a folder in it")
+    shards.add_argument("--size", default="256MB", help="most bytes of pictures in a shard (default: 256MB)")
+    shards.add_argument("--masks", action="store_true", help="store the masks too, for an evaluation")
+    index = commands.add_parser("index", help="make, or check, the index of WebDataset shards")
+    index.add_argument("folder", help="folder or address of the .tar files")
+    index.add_argument("--split", help="name of the split (default: that of the folder)")
+    index.add_argument("--out", type=Path, help="folder for the index (default: beside the shards)")
+    for command in (shards, index):
+        command.add_argument("--classes", type=Path, help="file with one class name per line, in the order of the ids")
 
 
 if __name__ == "__main__":

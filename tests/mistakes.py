@@ -20,6 +20,7 @@ import kernels
 from tests.data import sets
 from wsss_dist import dist
 from wsss_dist.data import build_dataset
+from wsss_dist.data.prepare.shards import prepare_shards
 from wsss_dist.data.synthetic import write_synthetic_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +162,21 @@ def maps(change: Callable[[Path], object], *settings: str) -> Callable[[Place], 
     return prepared(prepare, "data.root={}/data", hint, *settings)
 
 
+def shards(change: Callable[[Path], object], *settings: str) -> Callable[[Place], Call]:
+    """Training on shards of the data, after `change` of the folder of the training split."""
+
+    def prepare(at: Place) -> Path:
+        source = f"coco:{at.finished / 'data'}"
+        for split in ("train", "val"):
+            prepare_shards(
+                source, split, at.folder / "sh", size=4000, masks=split == "val", classes=None, say=lambda line: None
+            )
+        change(at.folder / "sh/train")
+        return at.folder / "sh"
+
+    return prepared(prepare, "data.format=shards", "data.root={}", *settings)
+
+
 def mask(values: dict, size: tuple[int, int] = (32, 32)) -> Callable[[Place], Call]:
     """Training with another mask of the second validation image."""
     return files(lambda root: sets.add_mask(root, "00001.png", values, size, "masks/val"))
@@ -257,6 +273,11 @@ def cut(path: Path, behind: str | None = None) -> None:
     """Leave the first half of a file, or what there is up to the end of the first `behind`."""
     data = path.read_bytes()
     path.write_bytes(data[: data.index(behind.encode()) + len(behind) if behind else len(data) // 2])
+
+
+def blank(path: Path) -> None:
+    """Another content of the same length."""
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 def other_weights(path: Path) -> None:

@@ -215,6 +215,20 @@ DATA = [
      "data: .*cannot be read.*'data.max_damaged' is 0", "repair the files or raise"),
     ("copied nothing but empty images", files(lambda r: [p.write_bytes(b"") for p in (r / "images/train").iterdir()]),
      "6 images .*in a row cannot be read", "check data.root"),
+    ("misses a shard", m.shards(lambda r: (r / "train-000001.tar").unlink()), "train-000001.tar is missing",
+     "copy it there"),
+    ("copied half of a shard", m.shards(lambda r: m.cut(r / "train-000000.tar")),
+     "train-000000.tar has .* it is truncated", "copy it again"),
+    ("copied another shard over one", m.shards(lambda r: m.blank(r / "train-000000.tar")),
+     "train-000000.tar is not the shard that its index was made of", "prepare_data.py index"),
+    ("lost the index of the shards", m.shards(lambda r: (r / "shards.json").unlink()), "no shards.json",
+     "prepare_data.py index .*sh/train"),
+    ("keeps shards for a format without any", train("data.cache={dir: /x, gb: 1}"), "'data.cache' is",
+     "set format: shards or remove it"),
+    ("gave an address for a folder", train("data.root=s3://bucket/coco"), "'data.root' is 's3://bucket/coco'",
+     "prepare_data.py shards"),
+    ("misspelt the kind of an address", train("data.format=shards", "data.root=s4://bucket/coco"),
+     "s4://bucket/coco/train is no address that fsspec knows", "correct data.root"),
 ]
 
 RUN = [

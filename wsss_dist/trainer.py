@@ -39,7 +39,15 @@ _PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.sec
 # keys that the meaning of a step number depends on
 _FIXED = ("train.steps", "train.global_batch", "run.seed")
 # keys of the data section that no training step depends on
-_NOT_TRAINING = ("data.eval_splits", "data.num_workers", "data.max_damaged", "data.val_limit")
+_NOT_TRAINING = (
+    "data.cache",
+    "data.cache.dir",
+    "data.cache.gb",
+    "data.eval_splits",
+    "data.num_workers",
+    "data.max_damaged",
+    "data.val_limit",
+)
 
 
 class Trainer:

@@ -223,7 +223,7 @@ def test_masks(tmp_path):
         ({"scale": [2.0, 0.5]}, r"'data.scale' is .*range with 0 < low <= high"),
         ({"classes": ["a", "b", "a"]}, "'data.classes' is .*names a class twice: a"),
         ({"classes": []}, "must name 1 to 254 classes"),
-        ({"format": "vok"}, "'data.format' is 'vok': .*'coco', 'voc' or 'folder'"),
+        ({"format": "vok"}, "'data.format' is 'vok': .*'coco', 'voc', 'folder' or 'shards'"),
         ({"crop": 0}, "'data.crop' is 0"),
         ({"num_worker": 2}, "unknown key 'data.num_worker' .*did you mean 'num_workers'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torchvision
 
 from tests.data import sets
 from wsss_dist.data import build_dataset, build_train_loader
+from wsss_dist.data.prepare.shards import prepare_shards
 from wsss_dist.data.synthetic import write_synthetic_dataset
 
 CASES = {
@@ -39,17 +41,22 @@ PIXELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_synthetic_dataset(tmp_path_factory.mktemp("same") / "set", 10, 1, 48, 3, seed=0)
+@pytest.fixture(scope="module", params=["coco", "shards"])
+def place(request, tmp_path_factory) -> tuple[Path, str]:
+    """Folder and format: the recorded samples are those of the files and of shards made from them."""
+    root = write_synthetic_dataset(tmp_path_factory.mktemp("same") / "set", 10, 1, 48, 3, seed=0)
+    if request.param == "coco":
+        return root, "coco"
+    prepare_shards(f"coco:{root}", "train", root / "s", size=5000, masks=False, classes=None, say=lambda line: None)
+    return root / "s", "shards"
 
 
 def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def batches(root, case: str) -> list:
-    cfg = sets.config(root, **{"crop": 32, **CASES[case]})
+def batches(place: tuple[Path, str], case: str) -> list:
+    cfg = sets.config(*place, **{"crop": 32, **CASES[case]})
     loader = build_train_loader(
         build_dataset(cfg, "train"),
         cfg,
@@ -65,16 +72,16 @@ def batches(root, case: str) -> list:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_places(root, case):
-    seen = [[b.ids, b.boxes.tolist(), b.flipped.tolist(), b.labels.int().tolist()] for b in batches(root, case)]
+def test_places(place, case):
+    seen = [[b.ids, b.boxes.tolist(), b.flipped.tolist(), b.labels.int().tolist()] for b in batches(place, case)]
     assert digest(repr(seen).encode()) == PLACES[case]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pixels(root, case):
-    data = build_dataset(sets.config(root), "train")
+def test_pixels(place, case):
+    data = build_dataset(sets.config(*place), "train")
     versions = tuple(".".join(module.__version__.split(".")[:2]) for module in (torch, torchvision))
     known = versions == VERSIONS and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if not known or digest(*(data.image(i).tobytes() for i in range(len(data)))) != PICTURES:
         pytest.skip("recorded with other versions of torch, torchvision or Pillow, or on another kind of CPU")
-    assert digest(*(batch.images.numpy().tobytes() for batch in batches(root, case))) == PIXELS[case]
+    assert digest(*(batch.images.numpy().tobytes() for batch in batches(place, case))) == PIXELS[case]

@@ -56,6 +56,9 @@ class CocoDataset(Dataset):
     def mask_folders(self) -> list[Path]:
         return [self._mask_folder.parent]
 
+    def mask_file(self, i: int) -> Path | None:
+        return self._mask_folder / f"{self.id(i)}.png" if self._mask_folder.is_dir() else None
+
     def open_masks(self) -> None:
         if self._segments is None and not self._mask_folder.is_dir():
             self._segments = {}

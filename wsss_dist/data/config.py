@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 
 from wsss_dist.schema import ConfigPath, StrictModel
 
@@ -12,6 +13,21 @@ from wsss_dist.schema import ConfigPath, StrictModel
 PADDING = {"labels": 255, "grey": 0, "scores": 0, "erased": 0}
 # kinds whose values are ids, not amounts: they are resized by the nearest pixel
 OF_IDS = ("labels", "erased")
+
+
+def is_url(place: Any) -> bool:
+    """Is it an address, as s3://bucket/folder, and no folder of this machine?"""
+    return isinstance(place, str) and "://" in place
+
+
+def _place(value: Any) -> Path | str:
+    if not isinstance(value, str | Path):
+        raise ValueError("must be a folder or an address")
+    return value if is_url(value) else Path(value).expanduser()
+
+
+# a folder, ~ is the home folder; or an address, which Path would spoil
+DataRoot = Annotated[Path | str, PlainValidator(_place)]
 
 
 class MapConfig(StrictModel):
@@ -30,11 +46,20 @@ class RandAugmentConfig(StrictModel):
     m: int = Field(10, ge=2, le=10)
 
 
+class ShardCacheConfig(StrictModel):
+    """Whole shards on the node's own disk; `wsss_dist/data/shard_cache.py` says when one is kept."""
+
+    dir: ConfigPath
+    # most that lies there, in units of 10^9 bytes
+    gb: float = Field(gt=0, allow_inf_nan=False)
+
+
 class DataConfig(StrictModel):
     """Where the images are and how they are augmented."""
 
-    format: Literal["coco", "voc", "folder"]
-    root: ConfigPath
+    format: Literal["coco", "voc", "folder", "shards"]
+    # of format "shards" also an address that fsspec knows, as s3://bucket/coco14
+    root: DataRoot
     train_split: str = "train"
     eval_splits: list[str] = []
     # names in the order of the class ids; None: the data set's own (coco: categories, voc: the 20, folder: classes.txt)
@@ -63,6 +88,8 @@ class DataConfig(StrictModel):
     rand_augment: RandAugmentConfig | None = None
     # name -> what an earlier stage made for each image; training gets them in Batch.maps, augmented as the image is
     maps: dict[str, MapConfig] = {}
+    # of format "shards" alone: keep the shards that are read on this node's disk; null: read them where they lie
+    cache: ShardCacheConfig | None = None
     num_workers: int = Field(2, ge=0, le=256)
     # a run stops when more files than this were unreadable
     max_damaged: int = Field(10, ge=0)
@@ -70,6 +97,25 @@ class DataConfig(StrictModel):
     train_limit: int | None = Field(None, ge=1)
     # evaluate on this many images of a split, evenly strided; None: on all
     val_limit: int | None = Field(None, ge=1)
+
+    @field_validator("root")
+    @classmethod
+    def _shards_alone_have_an_address(cls, value: Path | str, info: ValidationInfo) -> Path | str:
+        if is_url(value) and info.data.get("format") not in ("shards", None):
+            raise ValueError(
+                f"data.format is '{info.data['format']}', which reads from a folder alone; give a folder, or make "
+                "shards (`python launch/prepare_data.py shards`) and set format: shards"
+            )
+        return value
+
+    @field_validator("cache")
+    @classmethod
+    def _shards_alone_are_cached(cls, value: ShardCacheConfig | None, info: ValidationInfo) -> ShardCacheConfig | None:
+        if value is not None and info.data.get("format") not in ("shards", None):
+            raise ValueError(
+                f"data.format is '{info.data['format']}', which does not use it; set format: shards or remove it"
+            )
+        return value
 
     @field_validator("scale")
     @classmethod

@@ -39,8 +39,8 @@ class Dataset:
         """Name of image i within the data set: its path below the image folder without the ending."""
         return str(Path(str(self.files[i])).with_suffix(""))
 
-    def path(self, i: int) -> Path:
-        """The file of image i."""
+    def path(self, i: int) -> Path | str:
+        """The file of image i, or where else it lies, as messages name it."""
         return self.root / str(self.files[i])
 
     def image(self, i: int) -> np.ndarray:
@@ -81,6 +81,10 @@ class Dataset:
         """Folders of ground-truth masks, there or not; nothing in them may be given to a training."""
         return []
 
+    def mask_file(self, i: int) -> Path | None:
+        """The file that `mask` reads for image i; None where it draws the mask, or there is none."""
+        return None
+
     def open_masks(self) -> None:
         """Load what `mask` needs; called once before worker processes start. Training never calls it."""
 
@@ -107,7 +111,11 @@ def checked_mask(path: Path, num_classes: int) -> np.ndarray:
             f"data: mask {path} is missing; expected one PNG of class ids per image of an evaluation split: "
             "add it, or take the split out of data.eval_splits"
         )
-    mask = read_mask(path)
+    return checked_ids(read_mask(path), path, num_classes)
+
+
+def checked_ids(mask: np.ndarray, path: Path | str, num_classes: int) -> np.ndarray:
+    """`mask`, uint8 [H, W], if it holds the ids 0..num_classes and 255 alone. Raises UserError, which names `path`."""
     counts = np.bincount(mask.reshape(-1), minlength=256)
     wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
     if len(wrong):
@@ -158,7 +166,7 @@ def missing_files(folder: Path, files: list[str]) -> list[str]:
     return missing
 
 
-def check_distinct(names: list[str], what: str, where: Path) -> None:
+def check_distinct(names: list[str], what: str, where: Path | str) -> None:
     """Hold that no name comes twice. Raises UserError with how many do and the first three."""
     seen: set[str] = set()
     twice = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -26,33 +27,38 @@ class DamagedImage(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path | str, content: bytes | None = None) -> np.ndarray:
     """Read a picture as uint8 [H, W, 3] RGB.
 
     The EXIF orientation is applied; grey, palette and CMYK become RGB; 16-bit grey is scaled to 8 bits; transparent
     pixels are put on black, the colour that training pads with; of an animation the first frame counts.
 
+    Args:
+        path: the file; with `content` a name for messages alone.
+        content: the bytes of the picture, where it is no file of its own.
     Raises:
         DamagedImage: missing, not a picture, truncated, larger than MAX_PIXELS, or of a kind that has no RGB meaning.
     """
     try:
         # Pillow warns of odd metadata in many pictures; what matters of it ends in an exception
-        with warnings.catch_warnings(action="ignore"), _open(path) as file:
+        with warnings.catch_warnings(action="ignore"), _open(path, content) as file:
             return _rgb(ImageOps.exif_transpose(file))
     except DamagedImage:
         raise
     except Exception as error:  # decoders raise many kinds on damaged bytes, and all mean the same here
-        raise DamagedImage(str(path), _reason(path, error)) from None
+        raise DamagedImage(str(path), _reason(path, error, content)) from None
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path | str, content: bytes | None = None) -> np.ndarray:
     """Read a single-channel picture of ids as uint8 [H, W]; a palette is ignored, the ids behind it count.
 
+    Args:
+        path, content: as in `read_image`.
     Raises:
         UserError: unreadable, or a colour picture.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), _open(path) as file:
+        with warnings.catch_warnings(action="ignore"), _open(path, content) as file:
             file.load()
             if file.mode not in ("L", "P", "1"):
                 raise UserError(
@@ -63,7 +69,7 @@ def read_mask(path: Path) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"data: mask {path} cannot be read ({_reason(path, error)}); write it again") from None
+        raise UserError(f"data: mask {path} cannot be read ({_reason(path, error, content)}); write it again") from None
 
 
 def read_channel(path: Path, modes: tuple[str, ...]) -> np.ndarray:
@@ -84,8 +90,8 @@ def read_channel(path: Path, modes: tuple[str, ...]) -> np.ndarray:
         raise DamagedImage(str(path), _reason(path, error)) from None
 
 
-def _open(path: Path) -> Image.Image:
-    file = Image.open(path)
+def _open(path: Path, content: bytes | None = None) -> Image.Image:
+    file = Image.open(path if content is None else io.BytesIO(content))
     if file.width * file.height > MAX_PIXELS:
         size = f"{file.width} x {file.height}"
         file.close()
@@ -109,10 +115,10 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Path | str, error: Exception, content: bytes | None = None) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file is missing"
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
+    if content == b"" or (content is None and Path(path).is_file() and Path(path).stat().st_size == 0):
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a picture of a known format"

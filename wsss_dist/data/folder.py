@@ -25,7 +25,7 @@ class FolderDataset(Dataset):
     def __init__(self, root: Path, split: str, classes: list[str] | None) -> None:
         existing_root(root)
         if classes is None:
-            classes = _read_classes(root / "classes.txt")
+            classes = read_classes(root / "classes.txt")
         folder = root / split
         if not (folder / "labels.csv").is_file():
             known = sorted(p.parent.name for p in root.glob("*/labels.csv"))
@@ -46,10 +46,12 @@ class FolderDataset(Dataset):
     def mask_folders(self) -> list[Path]:
         return [self._mask_folder]
 
+    def mask_file(self, i: int) -> Path | None:
+        return self._mask_folder / f"{self.id(i)}.png" if self.has_masks else None
+
     def mask(self, i: int) -> np.ndarray:
-        if not self.has_masks:
-            return super().mask(i)
-        return checked_mask(self._mask_folder / f"{self.id(i)}.png", len(self.class_names))
+        path = self.mask_file(i)
+        return super().mask(i) if path is None else checked_mask(path, len(self.class_names))
 
 
 def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarray]:
@@ -94,7 +96,7 @@ def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarr
     return files, tags
 
 
-def _read_classes(path: Path) -> list[str]:
+def read_classes(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(
             f"data: the class names are unknown: {path} does not exist and data.classes is not set; give one of them"

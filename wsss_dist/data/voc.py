@@ -52,14 +52,15 @@ class VocDataset(Dataset):
     def mask_folders(self) -> list[Path]:
         return [self._base / name for name in ("SegmentationClass", "SegmentationClassAug")]
 
-    def mask(self, i: int) -> np.ndarray:
+    def mask_file(self, i: int) -> Path | None:
+        official, augmented = (folder / f"{self.id(i)}.png" for folder in self.mask_folders)
         if not self.has_masks:
-            return super().mask(i)
-        name = f"{self.id(i)}.png"
-        official = self._base / "SegmentationClass" / name
-        augmented = self._base / "SegmentationClassAug" / name
-        path = augmented if augmented.is_file() and not official.is_file() else official
-        return checked_mask(path, len(self.class_names))
+            return None
+        return augmented if augmented.is_file() and not official.is_file() else official
+
+    def mask(self, i: int) -> np.ndarray:
+        path = self.mask_file(i)
+        return super().mask(i) if path is None else checked_mask(path, len(self.class_names))
 
 
 def _base(root: Path) -> Path:

@@ -228,7 +228,8 @@ def command(*arguments: str, change: Callable[[Path], object] = lambda folder: N
 
 
 def environment(at: Place, **values: str) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*known, *(n for n in os.environ if n.startswith("SLURM_"))):
         at.patch.delenv(name, raising=False)
     for name, value in values.items():
         at.patch.setenv(name, value)

@@ -21,7 +21,7 @@ from tests import mistakes as m
 from tests.data import sets
 from tests.mistakes import again, coco, command, files, folder, maps, mask, patched, prepared, text, train, weights
 from wsss_dist.checkpoint import RunLock
-from wsss_dist.config import load_config
+from wsss_dist.config import check_world, load_config
 from wsss_dist.data.synthetic import write_synthetic_dataset
 
 
@@ -68,7 +68,8 @@ CONFIG = [
      "set train.engine: deepspeed"),
     ("chose an impossible micro batch", train("train.micro_batch=3"), "'train.micro_batch' .3.",
      "change the micro batch"),
-    ("started ranks that do not divide the batch", patched("wsss_dist.dist.world_size", lambda: 3), "times 3 ranks",
+    ("started ranks that do not divide the batch",
+     patched("wsss_dist.trainer.check_world", lambda cfg, _: check_world(cfg, 3)), "times 3 ranks",
      "start 1 or 2 ranks"),
     ("evaluates during training, on nothing", train("train.eval_every=1", "data.eval_splits=[]"),
      "'data.eval_splits' is empty", "name a split"),
@@ -269,8 +270,10 @@ RUN = [
      "'deepspeed' is missing", "pip install"),
     ("set RANK by hand", prepared(lambda at: m.environment(at, RANK="0")), "RANK is set without WORLD_SIZE",
      "start with torchrun"),
-    ("started by srun alone", prepared(lambda at: m.environment(at, RANK="0", WORLD_SIZE="1")),
-     "MASTER_PORT is not set", "start with torchrun"),
+    ("set RANK and WORLD_SIZE by hand", prepared(lambda at: m.environment(at, RANK="0", WORLD_SIZE="1")),
+     "MASTER_ADDR is not set", "start with torchrun"),
+    ("forgot srun in a job", prepared(lambda at: m.environment(at, SLURM_JOB_ID="7", SLURM_NTASKS="4")),
+     "SLURM_NTASKS is 4", "write srun before the command"),
     ("started two runs on one port", prepared(m.taken_port), r"MASTER_PORT is \d+", "another --master_port"),
 ]
 

@@ -44,7 +44,6 @@ class Checkpoints:
         identity: dotted config key -> value that a checkpoint must share to be resumed.
         fixed: the same of keys that are no part of the model, but say what a step number means.
         settings: the same of keys that may change, which is told.
-        sharded: the engine state is split over ranks, so the number of ranks must be the same too.
         report: what is told of a damaged checkpoint, one sentence.
     """
 
@@ -54,12 +53,11 @@ class Checkpoints:
         *,
         keep: int,
         identity: dict[str, Any],
-        sharded: bool,
         fixed: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         report: Callable[[str], None] = print,
     ):
-        self.root, self.keep, self.identity, self.sharded, self.report = root, keep, identity, sharded, report
+        self.root, self.keep, self.identity, self.report = root, keep, identity, report
         self.fixed, self.settings = fixed or {}, settings or {}
 
     def save(self, engine: Engine, step: int) -> Path:
@@ -99,8 +97,7 @@ class Checkpoints:
         Returns:
             the number of steps it stands after; 0 when there is none.
         Raises:
-            UserError: it belongs to another model, to another number of ranks, or to a run whose steps were others; or
-                there were only damaged ones.
+            UserError: it belongs to another model, or to a run whose steps were others; or all were damaged.
         """
         found = dist.on_main(self._newest)
         if found is None:
@@ -108,8 +105,11 @@ class Checkpoints:
             return 0
         folder, manifest = found
         self._check(folder, manifest)
-        engine.load(folder)
-        same = manifest["world_size"] == dist.world_size()
+        ranks = manifest["world_size"]
+        same = ranks == dist.world_size()
+        if not same:
+            self.report(f"{folder} was written by {ranks} ranks, its state is dealt to {dist.world_size()}")
+        engine.load(folder, ranks)
         _load_rank(folder / f"rank-{dist.rank() if same else 0}.pt", engine.module, random_state=same)
         if not same:  # running statistics of rank 0 alone are those of a part of the samples
             fill_buffers(engine.module, load_file(folder / WEIGHTS))
@@ -202,11 +202,6 @@ class Checkpoints:
                 f"checkpoint: {folder} is of a run in which '{key}' was {old!r}, now it is {new!r}, which would give "
                 f"its steps another meaning: set {key}: {old}, or give the run another run.name"
             )
-        if self.sharded and manifest["world_size"] != dist.world_size():
-            raise UserError(
-                f"checkpoint: {folder} was written by {manifest['world_size']} ranks with a sharded optimiser "
-                f"('train.zero_stage' above 0), this run has {dist.world_size()}; start {manifest['world_size']} ranks"
-            )
         changes = _changes(manifest["settings"], self.settings)
         if changes:
             pairs = ", ".join(f"'{key}' is {new!r}, was {old!r}" for key, old, new in changes)
@@ -227,7 +222,7 @@ def load_model_weights(run_dir: Path, module: nn.Module) -> int:
         UserError: there is no good checkpoint, or it is of another model.
     """
     root = Path(run_dir) / "checkpoints"
-    found = dist.on_main(Checkpoints(root, keep=1, identity={}, sharded=False)._newest)
+    found = dist.on_main(Checkpoints(root, keep=1, identity={})._newest)
     if found is None:
         raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
     folder, manifest = found
@@ -248,7 +243,7 @@ def newest_weights(run_dir: Path) -> Path:
         UserError: there is no good checkpoint.
     """
     root = Path(run_dir) / "checkpoints"
-    found = Checkpoints(root, keep=1, identity={}, sharded=False)._newest()
+    found = Checkpoints(root, keep=1, identity={})._newest()
     if found is None:
         raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
     return found[0] / WEIGHTS
@@ -330,13 +325,14 @@ class RunLock:
     """Keeps a second run out of a folder; the file holds host and process id, and is empty when nobody runs.
 
     A record lock of the operating system goes with the process, so what a killed run leaves behind is recognised on the
-    same host; of another host only its file is known, and it has to be removed by hand.
+    same host. Of another host only its file is known, which has to be removed by hand, unless it is of an earlier
+    start of this job, which Slurm ended before it started the job again.
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder.resolve() / "lock.json"
-        me = {"host": socket.gethostname(), "pid": os.getpid()}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), **_job()}
         if self.path in _locked:
             raise UserError(_refusal(folder, me, "give this run another run.name"))
         self._file = open(self.path, "a+")  # noqa: SIM115  held until release()
@@ -347,7 +343,7 @@ class RunLock:
             self._file.close()
             raise UserError(_refusal(folder, owner, "stop it, or give this run another run.name")) from None
         owner = self._owner()
-        if owner and owner["host"] != me["host"]:
+        if owner and owner["host"] != me["host"] and not _requeued(owner):
             self._file.close()
             raise UserError(_refusal(folder, owner, f"if that run is gone, delete {self.path}"))
         if owner:
@@ -371,9 +367,21 @@ class RunLock:
         self._file.seek(0)
         try:
             owner = json.loads(self._file.read())
-            return {"host": str(owner["host"]), "pid": int(owner["pid"])}
+            return {**owner, "host": str(owner["host"]), "pid": int(owner["pid"])}
         except (ValueError, KeyError, TypeError):
             return None
+
+
+def _job() -> dict[str, str]:
+    """Number of the job of Slurm that this process belongs to, and how often it was started again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {} if job is None else {"job": job, "restarts": os.environ.get("SLURM_RESTART_COUNT", "0")}
+
+
+def _requeued(owner: dict) -> bool:
+    """Is the owner of a lock an earlier start of this job?"""
+    mine = _job()
+    return bool(mine) and owner.get("job") == mine["job"] and owner.get("restarts") != mine["restarts"]
 
 
 def _refusal(folder: Path, owner: dict | None, fix: str) -> str:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from wsss_dist.errors import TrainingError, UserError
+from wsss_dist.launchers import first_of_node, printing_rank
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+# what gloo and NCCL say on the ranks that are left
+_RANK_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Timed out waiting",
+    "remote process exited",
+    "collective operation timeout",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,25 +37,45 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[], int]) -> int:
     """Run the body of a launch script.
 
-    A UserError or TrainingError is printed to stderr on rank 0; a full disk, a file without access, a full memory, a
-    missing package and the end of a loader process on the rank that met them. Any other exception passes.
+    A UserError or TrainingError is printed to stderr on rank 0 and, as long as the ranks have not met, by one rank of
+    every node; a full disk, a file without access, a full memory, a missing package and the end of a loader process on
+    the rank that met them. Any other exception passes.
 
     Returns:
         the status of `command`, 2 a mistake in the input, 74 a full disk, or the error's own.
     """
-    rank = os.environ.get("RANK", "0")
     try:
-        return command()
+        status = command()
+        _leave()
+        return status
     except (UserError, TrainingError) as error:
-        if rank == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = printing_rank()
+        if rank == 0 or (not _have_met() and first_of_node()):
+            print(f"error{_of_rank(rank)}: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         known = _explained(error)
         if known is None:
             raise
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {known[0]}", file=sys.stderr)
+        print(f"error{_of_rank(printing_rank())}: {known[0]}", file=sys.stderr)
         return known[1]
+
+
+def _of_rank(rank: int) -> str:
+    return f" on rank {rank}" if rank else ""
+
+
+def _leave() -> None:
+    """Leave the process group: a process that ends inside may be aborted by threads of torch, with another status."""
+    dist = sys.modules.get("wsss_dist.dist")
+    if dist is not None:
+        dist.shutdown()
+
+
+def _have_met() -> bool:
+    """Is there a process group, so that rank 0 has the same error?"""
+    dist = sys.modules.get("wsss_dist.dist")
+    return dist is not None and dist.world_size() > 1
 
 
 def _explained(error: Exception) -> tuple[str, int] | None:
@@ -66,6 +95,9 @@ def _explained(error: Exception) -> tuple[str, int] | None:
             "(docker run --shm-size=8g)"
         )
         return f"memory: {first.rstrip('. ')}, so memory or shared memory may be short; {fix}", 1
+    if isinstance(error, RuntimeError) and any(words in first for words in _RANK_GONE):
+        fix = "its own message, or that of its node, says why; the same command started again goes on from a checkpoint"
+        return f"launch: another rank is gone, or does not answer within train.timeout_s ({first}); {fix}", 1
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         fix = "lower train.micro_batch (the global batch stays), eval.batch or data.crop, or set train.precision: bf16"

@@ -7,6 +7,8 @@ of one.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import ModuleType
@@ -17,12 +19,17 @@ import torch.distributed as td
 from torch import Tensor
 
 from wsss_dist.errors import CheckpointError, TrainingError, UserError
+from wsss_dist.launchers import adopt_slurm, launched
 
 T = TypeVar("T")
 _COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list", "barrier"),
 )
+# seconds that the ranks wait for each other at the start: nodes of one job do not start at the same time
+MEET_S = 600
+# what Slurm sets where it gives each task GPUs of its own
+_BOUND = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK")
 
 
 def init(
@@ -35,44 +42,83 @@ def init(
 ) -> None:
     """Join the process group: nccl where a GPU is, gloo otherwise; does nothing when the group exists already.
 
-    Ranks come from the arguments, else from RANK, WORLD_SIZE and LOCAL_RANK as torchrun and deepspeed set them, else
-    there is one process. LOCAL_RANK picks the GPU.
+    Ranks come from the arguments, else from the environment (see launchers.py), else there is one process. LOCAL_RANK
+    picks the GPU.
 
     Args:
-        timeout_s: seconds after which a collective that a rank does not answer fails.
+        timeout_s: seconds after which a collective that a rank does not answer fails. At the start the ranks wait
+            MEET_S for each other, if that is less.
         init_method: where the ranks meet ("file:///path", "tcp://host:port"); None: the environment.
         rank, world_size: this process and the number of them; None: the environment.
         single_group: also make a (one-member) group when there is a single process; DeepSpeed needs one.
     Raises:
-        UserError: RANK without WORLD_SIZE, no place to meet, or more local ranks than GPUs.
+        UserError: the environment contradicts itself, the ranks do not meet, or there are more local ranks than GPUs.
     """
+    by_slurm = adopt_slurm()
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"launch: local rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks"
-            )
-        torch.cuda.set_device(local)
+        _choose_gpu(by_slurm)
     if td.is_initialized():
         set_timeouts(timeout_s)
         return
-    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
-    if rank is None and "RANK" in os.environ:
-        if "WORLD_SIZE" not in os.environ:
-            raise UserError("launch: RANK is set without WORLD_SIZE; unset it, or start with torchrun or deepspeed")
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend, meet_s = "nccl" if torch.cuda.is_available() else "gloo", min(timeout_s, MEET_S)
+    found = launched() if rank is None else None
+    if found is not None:
+        rank, world_size = found
+        if rank > 0:
+            _await_first_rank(rank, world_size, meet_s)
     if rank is not None:
-        try:
-            td.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
-        except (ValueError, td.DistNetworkError) as error:
-            port = os.environ.get("MASTER_PORT", "not set")
-            raise UserError(
-                f"launch: the ranks cannot meet, MASTER_PORT is {port} ({str(error).splitlines()[0]}); start with "
-                "torchrun or deepspeed, which set MASTER_ADDR and MASTER_PORT, with another --master_port where a "
-                "second run on this machine has taken it"
-            ) from None
+        _meet(backend, meet_s, init_method, rank, world_size)
+        td.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=timeout_s))
+        set_timeouts(timeout_s)
     elif single_group:
+        timeout = timedelta(seconds=timeout_s)
         td.init_process_group(backend, store=td.HashStore(), timeout=timeout, rank=0, world_size=1)
+
+
+def _choose_gpu(by_slurm: bool) -> None:
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if by_slurm and count == 1 and any(name in os.environ for name in _BOUND):
+        os.environ["LOCAL_RANK"], local = "0", 0  # each task sees its own GPU alone, as number 0
+    if local >= count:
+        raise UserError(f"launch: local rank {local} has no GPU, there are {count}; start fewer ranks")
+    torch.cuda.set_device(local)
+
+
+def _await_first_rank(rank: int, world_size: int, meet_s: int) -> None:
+    """Wait until the first rank listens; torch would wait too, but not say why in vain: no such name, refused, silence.
+
+    Raises:
+        UserError: it did not within `meet_s` seconds.
+    """
+    address, port, end = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), time.monotonic() + meet_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(10, end - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 0.2 > end:
+                raise UserError(
+                    f"launch: rank {rank} of {world_size} on {socket.gethostname()} cannot reach the first rank at "
+                    f"{address}, MASTER_PORT is {port} (after {meet_s} s: {error.strerror or error}); start the first "
+                    "node too, give every node its address and port, and let them through the firewall"
+                ) from None
+        time.sleep(0.2)
+
+
+def _meet(backend: str, meet_s: int, init_method: str | None, rank: int, world_size: int | None) -> None:
+    timeout = timedelta(seconds=meet_s)
+    try:
+        td.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+    except (ValueError, RuntimeError) as error:  # among them td.DistError, and gloo's own
+        port, reason = os.environ.get("MASTER_PORT", "not set"), str(error).partition("\n")[0].rstrip(".")
+        if "address already in use" in reason.lower():
+            fix = "take another --master_port: a second run on this machine has this one"
+        else:
+            fix = (
+                f"look at the {world_size} ranks: all have to come within {meet_s} s, from nodes that reach each other "
+                "(GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface, where a node has several)"
+            )
+        raise UserError(f"launch: the ranks cannot meet, MASTER_PORT is {port} ({reason}); {fix}") from None
 
 
 def set_timeouts(timeout_s: int) -> None:

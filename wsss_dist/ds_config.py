@@ -24,6 +24,7 @@ _OWNED = {
     "data_types": "train.precision",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
+    "zero_optimization.elastic_checkpoint": "the trainer, which deals a state to any number of ranks",
     "checkpoint": "the trainer, which writes its own checkpoints",
     "zero_allow_untested_optimizer": "optim",
     "zero_force_ds_cpu_optimizer": "optim",

@@ -26,6 +26,8 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.ds_config import ds_config
 from wsss_dist.errors import TrainingError, UserError
 from wsss_dist.optim import build_optimizer, set_lr
+from wsss_dist.precision import Autocast, autocast
+from wsss_dist.reshard import deal
 
 if TYPE_CHECKING:
     from wsss_dist.config import RunConfig
@@ -38,27 +40,6 @@ _STATE = "engine.pt"
 def build_engine(method: BaseMethod, cfg: RunConfig) -> Engine:
     """The engine that `train.engine` names. `method` is moved to the device and must not be used beside the engine."""
     return (DeepSpeedEngine if cfg.train.engine == "deepspeed" else PlainEngine)(method, cfg)
-
-
-class _Autocast(nn.Module):
-    """Runs a method, in bf16 where that is asked for.
-
-    Casts are not cached: a cast made under no_grad has no graph, and a later call with gradient would reuse it.
-    """
-
-    def __init__(self, method: nn.Module, enabled: bool):
-        super().__init__()
-        self.method, self.enabled = method, enabled
-
-    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        with autocast(self.enabled):
-            return self.method(batch, step)
-
-
-def autocast(enabled: bool) -> Any:
-    """bf16 autocast on this rank's device, or nothing."""
-    device = dist.device().type
-    return torch.autocast(device, torch.bfloat16, cache_enabled=False) if enabled else nullcontext()
 
 
 class Engine:
@@ -74,7 +55,7 @@ class Engine:
         # weights twice (ours and the engine's), and two moments of those that are trained
         self.checkpoint_bytes = sum(p.numel() * 4 * (4 if p.requires_grad else 2) for p in params)
         self.optimizer = build_optimizer(self.module, self.module.param_groups(), cfg.optim)
-        self.network = _Autocast(self.module, cfg.train.precision == "bf16")
+        self.network = Autocast(self.module, cfg.train.precision == "bf16")
 
     def train_step(self, batches: list[Batch], step: int) -> dict[str, float]:
         """One optimiser step.
@@ -195,8 +176,8 @@ class Engine:
         """Write what `load` needs beside the weights; collective."""
         raise NotImplementedError
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; collective."""
+    def load(self, folder: Path, ranks: int) -> None:
+        """Restore what `save` wrote on that number of ranks; collective."""
         raise NotImplementedError
 
 
@@ -230,7 +211,7 @@ class PlainEngine(Engine):
             with open(folder / _STATE, "wb") as file:
                 torch.save(self.optimizer.state_dict(), file)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, ranks: int) -> None:
         self.module.load_state_dict(load_file(folder / WEIGHTS))
         self.optimizer.load_state_dict(torch.load(folder / _STATE, map_location="cpu", weights_only=True))
 
@@ -313,17 +294,28 @@ class DeepSpeedEngine(Engine):
         if self._files.error is not None:
             raise self._files.error
 
-    def load(self, folder: Path) -> None:
-        before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # overrules the weights_only=False in DeepSpeed
-        try:
-            with torch.serialization.safe_globals(_state_classes()):
-                path, _ = self.engine.load_checkpoint(str(folder), tag="ds")
-        finally:
-            os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-            if before is not None:
-                os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+    def load(self, folder: Path, ranks: int) -> None:
+        with _restricted_loading():
+            if self.zero_stage > 0 and ranks != dist.world_size():
+                self._load_dealt(folder, ranks)
+                return
+            path, _ = self.engine.load_checkpoint(str(folder), tag="ds")
         assert path is not None, f"DeepSpeed found nothing in {folder}"
+
+    def _load_dealt(self, folder: Path, ranks: int) -> None:
+        """Load what another number of ranks saved, which DeepSpeed refuses under ZeRO."""
+        optimizer, weights = self.engine.optimizer, load_file(folder / WEIGHTS)
+        state, counters = deal(folder / "ds", ranks, optimizer.state_dict(), self.engine._get_zero_param_shapes())
+        for name, param in self.module.named_parameters():
+            with self._gathered([param], modifier_rank=0) if hasattr(param, "ds_id") else nullcontext():
+                param.data.copy_(weights[name])
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict([state] * dist.world_size(), load_from_fp32_weights=True)
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_epilogue()
+        for key in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self.engine, key, counters[key])
 
 
 def _import_deepspeed() -> Any:
@@ -374,6 +366,20 @@ def _state_classes() -> list[type]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextmanager
+def _restricted_loading() -> Iterator[None]:
+    """Every torch.load inside unpickles tensors, plain values and these classes alone, whatever DeepSpeed asks for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ[name]} if name in os.environ else {}
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(_state_classes()):
+            yield
+    finally:
+        del os.environ[name]
+        os.environ.update(before)
 
 
 def _seed(seed: int, step: int, chunk: int) -> None:

@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from wsss_dist import dist
+from wsss_dist.agreement import check_same, facts_of_data
 from wsss_dist.crf import CRFConfig
 from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples
 from wsss_dist.data.batch import Batch, EvalSample
@@ -69,19 +70,25 @@ def open_splits(cfg: RunConfig, splits: list[str], class_names: list[str] | None
     Raises:
         UserError: a split has no masks, so there is nothing to score against, wrong ones, or other classes.
     """
-    datasets = {split: build_dataset(cfg.data, split) for split in splits}
-    for split, dataset in datasets.items():
-        if not dataset.has_masks:
-            raise UserError(
-                f"evaluation: split '{split}' of {cfg.data.root} has no masks, so it cannot be scored; "
-                f"add them or take '{split}' out of data.eval_splits"
-            )
-        class_names = class_names or dataset.class_names
-        if dataset.class_names != class_names:
-            raise UserError(
-                f"evaluation: split '{split}' of {cfg.data.root} has the classes {_some(dataset.class_names)}, the "
-                f"other splits {_some(class_names)}; expected the same: give all annotation files the same categories"
-            )
+    datasets: dict[str, Any] = {}
+
+    def opened(classes: list[str] | None = class_names) -> dict[str, Any]:
+        for split in splits:
+            datasets[split] = dataset = build_dataset(cfg.data, split)
+            if not dataset.has_masks:
+                raise UserError(
+                    f"evaluation: split '{split}' of {cfg.data.root} has no masks, so it cannot be scored; "
+                    f"add them or take '{split}' out of data.eval_splits"
+                )
+            classes = classes or dataset.class_names
+            if dataset.class_names != classes:
+                raise UserError(
+                    f"evaluation: split '{split}' of {cfg.data.root} has the classes {_some(dataset.class_names)}, the "
+                    f"other splits {_some(classes)}; expected the same: give all annotation files the same categories"
+                )
+        return {k: v for split, dataset in datasets.items() for k, v in facts_of_data(split, dataset).items()}
+
+    check_same(opened)
     for dataset in datasets.values():
         dist.on_main(partial(check_eval_samples, dataset, cfg.data))
     return datasets

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss_dist import dist
+from wsss_dist.agreement import check_same, check_shared, facts_of_config
 from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
@@ -68,6 +69,7 @@ class Pipeline:
     """
 
     def __init__(self, values: dict[str, Any]):
+        self.values = values
         values = dict(values)
         stages = values.pop("stages")
         self.run = parse(RunSection, values.pop("run", {}), "run")
@@ -132,8 +134,10 @@ class Pipeline:
                 raise UserError(f"command line: {option} {name} is none of the stages: {', '.join(self.entries)}")
         wanted = {only} if only is not None else self._needed(until)
         dist.init(STAGE_TIMEOUT_S)
+        check_same(lambda: facts_of_config({**self.values, "wanted": sorted(wanted)}))
         dist.on_main(self._take_lock)
         try:
+            check_shared(self.folder)
             return self._start([entry for name, entry in self.entries.items() if name in wanted])
         finally:
             if self._lock is not None:

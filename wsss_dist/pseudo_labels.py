@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_dist import dist
+from wsss_dist.agreement import check_same, facts_of_config, facts_of_data
 from wsss_dist.checkpoint import load_model_weights, newest_weights
 from wsss_dist.config import RunConfig
 from wsss_dist.crf import LabelCRFConfig, crf_labels, crf_of_labels
@@ -87,6 +88,7 @@ def make_pseudo_labels(
         UserError: no checkpoint, a method without such an output, files of other settings in `out`, a damaged image.
     """
     stage = Stage(out.name, out, StageConfig(data=cfg.data, splits=splits), say)
+    check_same(lambda: _facts(stage, cfg, kind))
     names = {tuple(dataset.class_names) for dataset, _ in stage.splits().values()}
     if len(names) > 1:
         raise UserError(f"data: the splits {', '.join(splits)} have different classes; make their files one by one")
@@ -109,6 +111,12 @@ def make_pseudo_labels(
         stage.make(SUFFIXES[kind], work)
     seconds = time.perf_counter() - start
     return Made({s: len(rows) for s, (_, rows) in stage.splits().items()}, _scores(stage, kind), seconds)
+
+
+def _facts(stage: Stage, cfg: RunConfig, kind: str) -> dict[str, Any]:
+    """What has to be the same on every rank."""
+    data = {k: v for split, (dataset, _) in stage.splits().items() for k, v in facts_of_data(split, dataset).items()}
+    return {**facts_of_config(cfg.model_dump(mode="json")), **data, "kind": kind}
 
 
 def _views(cfg: RunConfig, kind: str, step: int) -> Views:

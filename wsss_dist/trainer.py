@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import torch
 
 import kernels
 from wsss_dist import dist
+from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data, flat, package_versions
 from wsss_dist.checkpoint import Checkpoints, RunLock
 from wsss_dist.config import RunConfig, check_sizes, check_world
 from wsss_dist.data import build_dataset, build_train_loader
@@ -31,9 +31,6 @@ from wsss_dist.report import build_report
 from wsss_dist.trained import check_classes
 
 DONE, INTERRUPTED = 0, 75
-_PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "opencv-python", "pydantic", "safetensors")
-
-
 # keys of the method that say where something lies: a checkpoint holds the weights itself
 _PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.second.weights", "method.start")
 # keys that the meaning of a step number depends on
@@ -60,19 +57,12 @@ class Trainer:
     def __init__(self, cfg: RunConfig):
         train = cfg.train
         dist.init(train.timeout_s)
-        check_world(cfg, dist.world_size())
-        configure_kernels(cfg.kernels)
         self.cfg, self.run_dir = cfg, cfg.run_dir
-        self.dataset = build_dataset(cfg.data, cfg.data.train_split)
+        check_same(self._open_data)
         classes = self.dataset.class_names
         open_splits(cfg, cfg.data.eval_splits, classes)
-        self._loader(0)  # says now if the images do not fill one step
-        torch.manual_seed(cfg.run.seed)
-        method = load_method(cfg.method_name).Method(cfg.method, len(classes), train.steps)
-        for path in method.trained_weights():
-            check_classes(path, classes)
-        check_sizes(cfg, getattr(method, "patch_size", 1))
-        self.engine = build_engine(method, cfg)
+        check_same(self._build_method)
+        self.engine = build_engine(self._method, cfg)
         self.log = RunLog(
             self.run_dir, total=train.steps, batch=train.global_batch, every=train.log_every, enabled=dist.is_main()
         )
@@ -83,12 +73,31 @@ class Trainer:
             identity=_identity(cfg, classes),
             fixed={k: v for k, v in settings.items() if k in _FIXED},
             settings={k: v for k, v in settings.items() if k not in _FIXED},
-            sharded=train.zero_stage > 0,
             report=self.log.message,
         )
         self._damaged: set[str] = set()
         self._signal: int | None = None
         self._lock: RunLock | None = None
+
+    def _open_data(self) -> dict[str, Any]:
+        """Open the training split; what has to be the same on every rank."""
+        cfg = self.cfg
+        check_world(cfg, dist.world_size())
+        configure_kernels(cfg.kernels)
+        self.dataset = build_dataset(cfg.data, cfg.data.train_split)
+        self._loader(0)  # says now if the images do not fill one step
+        values = {**cfg.model_dump(mode="json"), "method.name": cfg.method_name}
+        return {**facts_of_config(values), **facts_of_data(cfg.data.train_split, self.dataset)}
+
+    def _build_method(self) -> dict[str, Any]:
+        """Make the method; nothing of it has to be the same, rank 0 gives the others its weights."""
+        cfg, classes = self.cfg, self.dataset.class_names
+        torch.manual_seed(cfg.run.seed)
+        self._method = load_method(cfg.method_name).Method(cfg.method, len(classes), cfg.train.steps)
+        for path in self._method.trained_weights():
+            check_classes(path, classes)
+        check_sizes(cfg, getattr(self._method, "patch_size", 1))
+        return {}
 
     def train(self) -> int:
         """Run, or go on with, the training and the final evaluation.
@@ -100,6 +109,7 @@ class Trainer:
         """
         dist.on_main(self._open_run_dir)
         try:
+            check_shared(self.run_dir)
             with self._signals():
                 self.checkpoints.check_space(self.engine)
                 if self.dataset.left_out:
@@ -275,23 +285,16 @@ def configure_kernels(settings: dict[str, str]) -> None:
 
 def _identity(cfg: RunConfig, classes: list[str]) -> dict[str, Any]:
     """What a checkpoint must share with the run: method and backbone, classes, form of the optimiser state."""
-    method = {k: v for k, v in _flat("method", cfg.method.model_dump(mode="json")).items() if k not in _PLACES}
+    method = {k: v for k, v in flat("method", cfg.method.model_dump(mode="json")).items() if k not in _PLACES}
     train = {f"train.{k}": getattr(cfg.train, k) for k in ("engine", "zero_stage", "precision")}
     return {"method.name": cfg.method_name, "data classes": classes, **method, **train}
 
 
 def _settings(cfg: RunConfig) -> dict[str, Any]:
     """What else the training depends on: length, batch, seed, learning rate and samples."""
-    sections = {**_flat("optim", cfg.optim.model_dump(mode="json")), **_flat("data", cfg.data.model_dump(mode="json"))}
+    sections = {**flat("optim", cfg.optim.model_dump(mode="json")), **flat("data", cfg.data.model_dump(mode="json"))}
     fixed = {"train.steps": cfg.train.steps, "train.global_batch": cfg.train.global_batch, "run.seed": cfg.run.seed}
     return {**fixed, **{k: v for k, v in sections.items() if k not in _NOT_TRAINING}}
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested sections as dotted key -> value."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(f"{prefix}.{key}", inner).items()}
 
 
 def commit() -> str | None:
@@ -300,18 +303,12 @@ def commit() -> str | None:
 
 
 def _environment() -> dict[str, Any]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit(),
         "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": package_versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu, "cuda": torch.version.cuda},
         "world_size": dist.world_size(),
     }

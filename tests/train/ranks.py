@@ -38,9 +38,14 @@ def install() -> None:
         module.load_method = lambda name, original=original: tiny if name == "tiny" else original(name)
 
 
-def _child(queue: Any, rendezvous: str, rank: int, world_size: int, function: Callable, args: tuple) -> None:
+def _child(
+    queue: Any, rendezvous: str, rank: int, world_size: int, environment: dict | None, function: Callable, args: tuple
+) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    if world_size > 1:
+    meets = world_size > 1 and environment is None
+    if environment is not None:
+        os.environ.update(environment)
+    elif world_size > 1:
         os.environ["LOCAL_RANK"] = str(rank)
     import torch
 
@@ -49,7 +54,7 @@ def _child(queue: Any, rendezvous: str, rank: int, world_size: int, function: Ca
     torch.set_num_threads(1)
     install()
     try:
-        if world_size > 1:
+        if meets:
             dist.init(60, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
         queue.put((rank, function(*args), None))
     except BaseException as error:
@@ -61,16 +66,25 @@ def _child(queue: Any, rendezvous: str, rank: int, world_size: int, function: Ca
         dist.shutdown()
 
 
-def run_ranks(world_size: int, tmp_path: Path, function: Callable, *args: Any, fails: bool = False) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    tmp_path: Path,
+    function: Callable,
+    *args: Any,
+    fails: bool = False,
+    environments: list[dict] | None = None,
+) -> list[Any]:
     """`function(*args)` on every rank.
+
+    With `environments` each process has those variables more, and the ranks do not meet before `function` makes them.
 
     Returns:
         what each rank returned, in the order of the ranks; with fails=True (type name, message) of what each raised.
     """
     queue, name = _context.Queue(), f"meet-{os.urandom(4).hex()}"
     children = [
-        _context.Process(target=_child, args=(queue, str(tmp_path / name), r, world_size, function, args))
-        for r in range(world_size)
+        _context.Process(target=_child, args=(queue, str(tmp_path / name), r, world_size, extra, function, args))
+        for r, extra in enumerate(environments or [None] * world_size)
     ]
     for child in children:
         child.start()

@@ -87,8 +87,7 @@ def weights(values: dict) -> dict[str, list]:
 
 
 def checkpoints(values: dict, root: Path, **options: object) -> Checkpoints:
-    sharded = values["train"].get("zero_stage", 0) > 0
-    return Checkpoints(root, **{"keep": 2, "identity": {"method.name": "tiny"}, "sharded": sharded, **options})
+    return Checkpoints(root, **{"keep": 2, "identity": {"method.name": "tiny"}, **options})
 
 
 def interrupted(values: dict, root: Path, stop: int) -> tuple[list[float], str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 try:
@@ -25,17 +27,49 @@ def _prepare(arguments: list[str] | None) -> int:
         return _prepare_shards(args)
     if args.command in ("stampscenes", "quickstart"):
         settings = Settings(args.train, args.val, args.val_seen, args.size, args.seed, args.source)
-        prepare_stampscenes(args.out, settings, args.cache, say=_say, track=_track)
+        prepare_stampscenes(args.out, settings, args.cache, say=_say, track=partial(_track, "composed", "scenes"))
     if args.command in ("weights", "quickstart"):
         from wsss_dist.data.prepare.weights import prepare_weights
 
         prepare_weights(args.weights_out, args.cache, say=_say)
+    if args.command in ("coco", "voc", "folder"):
+        _prepare_official(args)
     return 0
 
 
+def _prepare_official(args) -> None:
+    from wsss_dist.data.prepare.inputs import Console, Options
+
+    console = Console(_say, partial(_track, "checked", "images"))
+    if args.command == "folder":
+        from wsss_dist.data.prepare.folder import check_folder
+
+        check_folder(Options((), args.root, args.workers, args.on_problem, verify=args.verify), console)
+        return
+    options = Options(
+        sources=tuple(args.source),
+        out=args.out,
+        workers=args.workers,
+        on_problem=args.on_problem,
+        subset=args.subset,
+        labels=args.labels,
+        legacy=args.legacy,
+        verify=args.verify,
+    )
+    if args.command == "coco":
+        from wsss_dist.data.prepare.coco import prepare_coco
+
+        prepare_coco(options, console)
+    else:
+        from wsss_dist.data.prepare.voc import prepare_voc
+
+        prepare_voc(options, console)
+
+
 def _parser() -> Parser:
-    parser = Parser(description="Prepare data and pretrained weights for the quickstart.")
+    parser = Parser(description="Prepare data sets and pretrained weights.")
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_official(commands)
     scenes = commands.add_parser("stampscenes", help="compose the quickstart data set")
     weights = commands.add_parser("weights", help="fetch and convert the pretrained weights")
     both = commands.add_parser("quickstart", help="both of them")
@@ -57,22 +91,46 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_official(commands) -> None:
+    coco = commands.add_parser("coco", help="COCO 2014 from train2014.zip, val2014.zip, annotations_trainval2014.zip")
+    voc = commands.add_parser("voc", help="VOC 2012 from VOCtrainval_11-May-2012.tar and SBD's benchmark.tgz")
+    folder = commands.add_parser("folder", help="check a data set of the folder format and write its manifest")
+    folder.add_argument("root", type=Path, help="folder with <split>/images and <split>/labels.csv")
+    for command, out in ((coco, "data/coco14"), (voc, "data/VOCdevkit")):
+        command.add_argument(
+            "--source", type=Path, nargs="+", required=True, help="folders of the archives, or of what they unpack to"
+        )
+        command.add_argument("--out", type=Path, default=Path(out), help="folder to make")
+        command.add_argument("--subset", action="store_true", help="take what is there, whatever its number")
+        command.add_argument("--labels", type=Path, help="take the tags from this cls_labels_onehot.npy")
+        command.add_argument("--legacy", action="store_true", help="write cls_labels_onehot.npy and plain lists too")
+    for command in (coco, voc, folder):
+        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one alone")
+        command.add_argument("--verify", action="store_true", help="read all files of a finished folder again")
+        command.add_argument(
+            "--on-problem",
+            choices=("stop", "continue"),
+            default="stop",
+            help="where files cannot be used: make no lists, or leave them out (default: stop)",
+        )
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _track(items: Iterable, total: int) -> Iterator:
+def _track(done: str, things: str, items: Iterable, total: int) -> Iterator:
     """A progress bar on a terminal, a line every tenth otherwise."""
     if sys.stdout.isatty():
         from rich.progress import track
 
-        yield from track(items, total=total, description="composing")
+        yield from track(items, total=total, description=f"{things} {done}")
         return
     started = time.monotonic()
     for k, item in enumerate(items, 1):
         yield item
         if k * 10 // total != (k - 1) * 10 // total:
-            print(f"composed {k} of {total} scenes ({time.monotonic() - started:.0f} s)", flush=True)
+            print(f"{done} {k} of {total} {things} ({time.monotonic() - started:.0f} s)", flush=True)
 
 
 def _prepare_shards(args) -> int:

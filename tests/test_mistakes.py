@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests import mistakes as m
 from tests.data import sets
+from tests.data.official import write_voc
 from tests.mistakes import again, coco, command, files, folder, maps, mask, patched, prepared, text, train, weights
 from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import check_world, load_config
@@ -314,8 +315,27 @@ COMMANDS = [
      "method 'classifier' gives no segmentation", "choose another --kind"),
     ("compares into a table of Excel", command("report", "--compare", "{}", "--out", "a.xlsx"), "--out is 'a.xlsx'",
      "ends in .html or .md"),
-    ("prepares a data set that we do not make", command("prepare_data", "coco"), "'coco'",
+    ("prepares a data set that we do not make", command("prepare_data", "ade20k"), "'ade20k'",
      "choose from .*quickstart"),
+    ("prepares COCO without its archives", command("prepare_data", "coco", "--source", "{}", "--out", "{}/new"),
+     "neither train2014.zip nor train2014 in .*empty", "download http://images.cocodataset.org"),
+    ("downloaded half of VOC",
+     command("prepare_data", "voc", "--source", "{}", "--out", "{}/new", "--workers", "0",
+             change=lambda f: m.cut(write_voc(f) / "benchmark.tgz")),
+     "benchmark.tgz .* is truncated or damaged", "download it again"),
+    ("prepares a part of VOC",
+     command("prepare_data", "voc", "--source", "{}", "--out", "{}/new", "--workers", "0", change=write_voc),
+     "train_aug: found 9, expected 10,582", "add --subset"),
+    ("has a damaged picture in VOC",
+     command("prepare_data", "voc", "--source", "{}", "--out", "{}/new", "--workers", "0", "--subset",
+             change=lambda f: m.cut(write_voc(f, folders=True) / "VOCdevkit/VOC2012/JPEGImages/2007_000000.jpg")),
+     "files cannot be used .first: VOC2012/JPEGImages/2007_", "Repair them"),
+    ("imports labels from a stranger",
+     command("prepare_data", "voc", "--source", "{}", "--out", "{}/new", "--workers", "0", "--subset", "--labels",
+             "{}/x.npy", change=lambda f: np.save(write_voc(f) / "x.npy", {"a": Path("x")}, allow_pickle=True)),
+     "x.npy asks for 'pathlib.*Path'", "do not use this file"),
+    ("checks a folder that is none", command("prepare_data", "folder", "{}"), "has no <split>/labels.csv",
+     "name the folder"),
     ("prepares into a folder of their own",
      command("prepare_data", "stampscenes", "--out", "{}", change=lambda f: (f / "mine").touch()), "empty exists",
      "choose another --out"),

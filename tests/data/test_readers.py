@@ -193,7 +193,7 @@ def test_training_never_opens_a_mask(tmp_path, monkeypatch, with_maps):
         raise AssertionError("a mask was opened")
 
     monkeypatch.setattr(dataset_module, "read_mask", forbidden)
-    monkeypatch.setattr(coco_module, "_region", forbidden)
+    monkeypatch.setattr(coco_module, "draw_mask", forbidden)
     monkeypatch.setattr(coco_module.CocoDataset, "open_masks", forbidden)
     real_open, opened = builtins.open, []
 
@@ -278,3 +278,22 @@ def test_a_colour_palette_does_not_change_ids(tmp_path):
     sets.add_mask(tmp_path, "m.png", {0: 2, 3: 255}, folder=".")
     assert Image.open(tmp_path / "m.png").mode == "P"
     assert dataset_module.checked_mask(tmp_path / "m.png", 3)[0, 0] == 2
+
+
+def test_coco_lists_can_share_a_folder(tmp_path):
+    root = sets.write_coco(tmp_path / "set")
+    content = sets.coco_content()
+    content["images"] = content["images"][:2]
+    (root / "annotations" / "few.json").write_text(json.dumps({**content, "folder": "train"}))
+    few, every = (build_dataset(sets.config(root), split) for split in ("few", "train"))
+    assert few.name == "set/few" and few.root == every.root and few.files.tolist() == every.files.tolist()[:2]
+    sets.add_mask(root, f"{every.id(0)}.png", {0: 3}, folder="masks/train")
+    few = build_dataset(sets.config(root), "few")
+    assert few.has_masks and (few.mask(0)[0] == 3).all()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/etc", 7, None])
+def test_coco_folder_is_one_name(tmp_path, name):
+    root = sets.rewrite(sets.write_coco(tmp_path), lambda content: content.update(folder=name))
+    with pytest.raises(UserError, match="'folder' of .*train.json is .*; expected the name of one folder"):
+        build_dataset(sets.config(root), "train")

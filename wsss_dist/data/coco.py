@@ -4,10 +4,12 @@
     root/images/<split>/*.jpg      or  root/<split>/*.jpg                         (the second is the official layout)
     root/masks/<split>/<stem>.png  optional; without it masks are drawn from the annotations
 
+A file that says "folder": "<name>" has its images and masks in the folders of that name, which several lists can share:
+so train-81k and train-82k of `prepare_data.py coco` are two lists of train2014.
+
 Tags come from the `labels` list of each image (names or category ids) where the file has them, else from the
 categories of its annotations. Raw category ids become 1..C in ascending order of id. A crowd region (iscrowd = 1)
-gives its tag, for the class is in the picture, and is 255 (ignore) in the mask, for its outline is not exact. Where
-objects overlap the smaller one is on top.
+gives its tag, for the class is in the picture. `wsss_dist/data/coco_masks.py` says how masks are drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from wsss_dist.data.coco_masks import draw_mask
 from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
 from wsss_dist.errors import UserError
 
@@ -36,11 +39,12 @@ class CocoDataset(Dataset):
         self._raw_ids = np.array([image["id"] for image in images], dtype=object)
         self._sizes = np.array([[image["height"], image["width"]] for image in images], np.int64).reshape(-1, 2)
         files = [str(image["file_name"]) for image in images]
-        folder = _image_folder(root, split)
+        shared = _folder_name(content["folder"], self._file) if "folder" in content else split
+        folder = _image_folder(root, shared)
         check_images(folder, files, self._file)
         tags = _tags(content, names, self._class_of, self._file)
         self._has_segments = any("segmentation" in a for a in content["annotations"])
-        self._mask_folder = root / "masks" / split
+        self._mask_folder = root / "masks" / shared
         self._segments: dict[Any, list[dict]] | None = None
         super().__init__(f"{root.name}/{split}", [names[raw] for raw in sorted(names)], folder, files, tags)
 
@@ -72,21 +76,8 @@ class CocoDataset(Dataset):
             return checked_mask(self._mask_folder / f"{self.id(i)}.png", len(self.class_names))
         self.open_masks()
         height, width = self._sizes[i].tolist()
-        return self._draw(self._segments.get(self._raw_ids[i], []), height, width, self.id(i))
-
-    def _draw(self, annotations: list[dict], height: int, width: int, name: str) -> np.ndarray:
-        regions = []
-        for annotation in annotations:
-            region = _region(annotation, height, width, self._file, name)
-            regions.append((bool(annotation.get("iscrowd", 0)), int(region.sum()), annotation, region))
-        mask = np.zeros((height, width), np.uint8)
-        # large objects first, so that small ones lie on top of them; crowds only where no single object is
-        for crowd, _, annotation, region in sorted(regions, key=lambda r: (r[0], -r[1])):
-            if crowd:
-                mask[region & (mask == 0)] = 255
-            else:
-                mask[region] = self._class_of[annotation["category_id"]] + 1
-        return mask
+        annotations = self._segments.get(self._raw_ids[i], [])
+        return draw_mask(annotations, height, width, self._class_of, where=self._file, name=self.id(i))
 
 
 _NEEDED = {
@@ -116,6 +107,14 @@ def _image_folder(root: Path, split: str) -> Path:
     raise UserError(
         f"data: no images of split '{split}': expected the folder {root}/images/{split} or {root}/{split}; "
         "copy the images there, or correct data.root"
+    )
+
+
+def _folder_name(name: Any, path: Path) -> str:
+    if isinstance(name, str) and name not in ("", "..") and Path(name).name == name:
+        return name
+    raise UserError(
+        f"data: 'folder' of {path} is {name!r}; expected the name of one folder of images, as train2014: correct it"
     )
 
 
@@ -199,37 +198,4 @@ def _class_index(label: Any, known: dict, image: str, path: Path) -> int:
             f"data: {path}: image {image} has the unknown {kind} {label!r}; expected one of "
             f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}: correct the entry, or "
             "add the class to 'categories'"
-        ) from None
-
-
-def _region(annotation: dict, height: int, width: int, path: Path, name: str) -> np.ndarray:
-    """One annotation as bool [height, width]; polygon lists, compressed and uncompressed RLE."""
-    try:
-        from pycocotools import mask as coco_mask
-    except ImportError:
-        raise UserError("data: drawing masks from annotations needs pycocotools: pip install pycocotools") from None
-    shape = annotation.get("segmentation")
-    try:
-        if isinstance(shape, list):
-            # fewer than three corners enclose nothing
-            polygons = [coco_mask.frPyObjects([p], height, width)[0] for p in shape if len(p) >= 6]
-            if not polygons:
-                return np.zeros((height, width), bool)
-            return coco_mask.decode(coco_mask.merge(polygons)).astype(bool)
-        if list(shape["size"]) != [height, width]:
-            raise UserError(
-                f"data: {path}: a mask of {name} is {shape['size']} (height, width), the image {[height, width]}; "
-                "expected the same size: write the annotation again"
-            )
-        if not isinstance(shape["counts"], list):
-            return coco_mask.decode(shape).astype(bool)
-        if sum(shape["counts"]) != height * width or min(shape["counts"]) < 0:
-            raise ValueError(f"its counts add up to {sum(shape['counts'])}, not to {height} x {width}")
-        return coco_mask.decode(coco_mask.frPyObjects(shape, height, width)).astype(bool)
-    except UserError:
-        raise
-    except Exception as error:  # pycocotools raises many kinds on a malformed outline
-        raise UserError(
-            f"data: {path}: the 'segmentation' of an annotation of {name} is no polygon and no RLE ({error}); "
-            "write the annotation again"
         ) from None

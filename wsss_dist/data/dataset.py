@@ -131,7 +131,7 @@ def existing_root(root: Path) -> Path:
     if not root.is_dir():
         raise UserError(
             f"data.root is '{root}', which is not a folder; give the folder of the data set "
-            "(`python launch/prepare_data.py quickstart` makes data/stampscenes)"
+            "(`python launch/prepare_data.py quickstart` makes data/stampscenes, `coco` and `voc` prepare theirs)"
         )
     return root
 

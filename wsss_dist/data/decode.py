@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,6 +14,7 @@ from wsss_dist.errors import UserError
 
 # Larger pictures are refused before they are unpacked: a file of a few bytes can claim any size.
 MAX_PIXELS = 2**26
+_ORIENTATION = 0x0112
 
 
 class DamagedImage(Exception):
@@ -46,6 +48,38 @@ def read_image(path: Path | str, content: bytes | None = None) -> np.ndarray:
     except DamagedImage:
         raise
     except Exception as error:  # decoders raise many kinds on damaged bytes, and all mean the same here
+        raise DamagedImage(str(path), _reason(path, error, content)) from None
+
+
+class Picture(NamedTuple):
+    """What a picture file holds, and what `read_image` makes of it.
+
+    mode         Pillow's name for the pixels as they are stored: RGB, L, CMYK, I;16, ...
+    width, height  in pixels, as stored.
+    orientation  of EXIF, 1 upright.
+    frames       1, or more of an animation.
+    shape        (height, width) of what `read_image` returns.
+    """
+
+    mode: str
+    width: int
+    height: int
+    orientation: int
+    frames: int
+    shape: tuple[int, int]
+
+
+def inspect_image(path: Path, content: bytes) -> Picture:
+    """Decode the picture `content` of the file `path` just as `read_image` does. Raises DamagedImage as there."""
+    try:
+        with warnings.catch_warnings(action="ignore"), _open(path, content) as file:
+            mode, (width, height), turned = file.mode, file.size, file.getexif().get(_ORIENTATION)
+            pixels = _rgb(ImageOps.exif_transpose(file))
+            orientation = turned if isinstance(turned, int) and 1 <= turned <= 8 else 1
+            return Picture(mode, width, height, orientation, getattr(file, "n_frames", 1), pixels.shape[:2])
+    except DamagedImage:
+        raise
+    except Exception as error:
         raise DamagedImage(str(path), _reason(path, error, content)) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 
 def voc_palette(num_colours: int = 256) -> np.ndarray:
@@ -13,3 +14,10 @@ def voc_palette(num_colours: int = 256) -> np.ndarray:
         for channel in range(3):
             palette[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
     return palette
+
+
+def palette_picture(labels: np.ndarray) -> Image.Image:
+    """Class ids uint8 [H, W] as a picture of mode P with these colours."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(voc_palette().tobytes())
+    return picture

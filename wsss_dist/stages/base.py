@@ -26,7 +26,7 @@ from wsss_dist.data import DataConfig, Dataset, build_dataset, build_inference_l
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.decode import DamagedImage, read_channel
 from wsss_dist.data.maps import UnfitMap, load_scores
-from wsss_dist.data.palette import voc_palette
+from wsss_dist.data.palette import palette_picture
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
 from wsss_dist.schema import StrictModel
@@ -221,13 +221,7 @@ def png_writer(picture: Tensor) -> Callable[[IO], None]:
 def label_writer(labels: Tensor) -> Callable[[IO], None]:
     """What writes [H, W] class ids as an 8-bit PNG with the colours of PASCAL VOC as its palette."""
     array = labels.to(torch.uint8).cpu().numpy()
-
-    def write(file: IO) -> None:
-        picture = Image.fromarray(array)
-        picture.putpalette(voc_palette().tobytes())
-        picture.save(file, "PNG")
-
-    return write
+    return lambda file: palette_picture(array).save(file, "PNG")
 
 
 def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], num_classes: int) -> Scores | None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
 from PIL import Image
 
+from wsss_dist.data.palette import palette_picture
 from wsss_dist.data.prepare.compose import SPLITS, Material, compose, load_pictures, split_material
 from wsss_dist.data.prepare.fetch import sha256_of
 from wsss_dist.data.prepare.sources import Source, open_source
@@ -190,8 +190,7 @@ def _write_scene(job: tuple[str, int]) -> tuple[dict, list[dict], dict[str, str]
     scene = compose(material, _shared["pictures"], _shared["any_angle"], size=settings.size, key=key)
     classes = list(material.objects)
     stem = f"{split}_{number:05d}"
-    mask = Image.fromarray(scene.mask)
-    mask.putpalette(label_palette())
+    mask = palette_picture(scene.mask)
     written = {}
     for name, picture, options in (
         (f"images/{split}/{stem}.jpg", Image.fromarray(scene.image), {"format": "JPEG", "quality": scene.quality}),
@@ -240,13 +239,3 @@ def _manifest(source: Source, reason: str, settings: Settings, files: dict[str, 
         "licences": sorted({package["licence"] for package in source.packages}),
         "files": files,
     }
-
-
-def label_palette() -> list[int]:
-    """The colours of Pascal VOC, 256 RGB triples, black for 0: the bits of the id spread over the three channels."""
-    ids = np.arange(256)
-    colours = np.zeros((256, 3), np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * bit + channel)) & 1) << (7 - bit)
-    return colours.reshape(-1).tolist()

@@ -1,0 +1,95 @@
+"""Checks a data set of the `folder` format and writes its manifest.json and problems.csv; nothing else is changed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from wsss_dist.data.dataset import checked_mask
+from wsss_dist.data.folder import read_classes, read_labels_csv
+from wsss_dist.data.prepare.inputs import Console, Options, prepare
+from wsss_dist.data.prepare.manifest import (
+    check_picture,
+    file_record,
+    gather,
+    picture_record,
+    settle_problems,
+    write_manifest,
+)
+from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of
+from wsss_dist.errors import UserError
+
+_STAYS = "stays in the list: training replaces it, an evaluation stops there"
+_ABOUT = "A data set of the folder format as checked by launch/prepare_data.py folder."
+
+
+def check_folder(options: Options, console: Console) -> None:
+    """Check `options.out`: every image and mask of every split is decoded once.
+
+    Raises:
+        UserError: no split, a labels.csv that cannot be read, or files that cannot be used and on_problem "stop".
+    """
+    root = options.out
+    if not any(root.glob("*/labels.csv")):
+        raise UserError(
+            f"prepare: '{root}' has no <split>/labels.csv; name the folder of a data set of the folder format, as "
+            "wsss_dist/data/folder.py describes it"
+        )
+    prepare(options, "folder", lambda work, settings: _steps(work, options, settings, console), console)
+
+
+def _steps(work: WorkFolder, options: Options, settings: dict, console: Console) -> None:
+    root = options.out
+    classes = read_classes(root / "classes.txt")
+    items, counts, problems, files = {}, {}, [], {}
+    lists = sorted(root.glob("*/labels.csv"))
+    for listed in lists:
+        split = listed.parent.name
+        images, _ = read_labels_csv(listed, classes)
+        counts[f"{split} images"] = len(images)
+        masks = (listed.parent / "masks").is_dir()
+        items |= {f"{split}/images/{name}": (root, split, name, len(classes) if masks else None) for name in images}
+        there = (p.relative_to(listed.parent / "images") for p in (listed.parent / "images").rglob("*") if p.is_file())
+        unknown = sorted({str(path) for path in there} - set(images))
+        if unknown:
+            reason = f"{len(unknown)} files that labels.csv does not name (first: {unknown[0]})"
+            problems.append((f"{split}/images/", "note", reason, "not used"))
+        console.say(f"{split}: {len(images):,} images, {'with' if masks else 'without'} masks")
+    for path in (root / "classes.txt", *lists):
+        files[str(path.relative_to(root))] = json.dumps(file_record(path.read_bytes()))
+    depends = {"classes": len(classes)}
+    results = finish_items(work, depends, items, _check, workers=options.workers, track=console.track)
+    of_items, _, problems = gather(results, problems)
+    files |= of_items
+    settle_problems(root, problems, options.on_problem, console.say, "write the manifest all the same")
+    write_manifest(root, {"about": _ABOUT, "settings": settings, "counts": counts}, files)
+    console.say(f"{root} is checked: {len(files):,} files in manifest.json")
+
+
+def _check(item: tuple[Path, str, str, int | None]) -> dict:
+    """Check one image and its mask; runs in a worker."""
+    root, split, name, classes = item
+    shown = f"{split}/images/{name}"
+    mask_shown = f"{split}/masks/{Path(name).with_suffix('')}.png"
+    stamp = stamp_of([root / shown, root / mask_shown])
+    record, picture, problems = check_picture(root / shown, shown)
+    files = {} if record is None else {shown: record}
+    if classes is not None:
+        mask = root / mask_shown
+        try:
+            values = checked_mask(mask, classes)
+            content = mask.read_bytes()
+            mode = Image.open(io.BytesIO(content)).mode
+            files[mask_shown] = picture_record(content, values.shape[1], values.shape[0], mode)
+            if picture is not None and picture.shape != values.shape:
+                reason = "{} x {} pixels (height, width), the image as the loader reads it {} x {}"
+                problems.append((mask_shown, "error", reason.format(*values.shape, *picture.shape), _STAYS))
+        except UserError as error:
+            reason = str(error).removeprefix(f"data: mask {mask} ").partition(";")[0]
+            problems.append((mask_shown, "error", reason, _STAYS))
+    # the lists of a folder are its owner's, so nothing is left out of them
+    problems = [(path, kind, why, _STAYS if kind == "error" else effect) for path, kind, why, effect in problems]
+    return {"stamp": stamp, "files": files, "problems": problems}

@@ -166,3 +166,16 @@ def test_a_worker_that_is_killed_is_one_sentence(tmp_path, monkeypatch):
         run("coco", source, tmp_path / "out", workers=2)
     monkeypatch.setattr(coco, "_finish_image", real)
     run("coco", source, tmp_path / "out", workers=2)
+
+
+def test_processes_start_beside_the_threads_of_opencv():
+    """A forked process has none of its parent's threads: whatever waits for one of them there waits for ever."""
+    text = """
+import cv2, numpy as np
+from wsss_dist.data.prepare.work import in_processes
+cv2.setNumThreads(4)
+cv2.GaussianBlur(np.random.rand(3000, 3000).astype(np.float32), (31, 31), 5)
+print(list(in_processes(abs, [-1, -2, -3], 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[1, 2, 3]\n"

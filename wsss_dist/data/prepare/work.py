@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
-
 from wsss_dist.errors import UserError
 
 _CHUNK = 16
@@ -187,7 +185,6 @@ def _results(pool: ProcessPoolExecutor, results: Iterator, workers: int) -> Iter
 def _begin(parent: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)
     if sys.platform == "linux":
         death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)

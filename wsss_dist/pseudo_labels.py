@@ -203,10 +203,14 @@ def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step
     if path.is_file():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict) or not isinstance(known.get("images"), dict):
+                raise ValueError("no 'images' in it")
         except ValueError as error:
-            raise UserError(f"pseudo labels: {path} is no JSON ({error}); choose another --out, or delete it") from None
+            raise UserError(
+                f"pseudo labels: {path} is no manifest ({error}); choose another --out, or delete it"
+            ) from None
         changed = [k for k, v in settings.items() if known.get(k) != v]
-        changed += [f"images of {s}" for s, v in images.items() if known.get("images", {}).get(s, v) != v]
+        changed += [f"images of {s}" for s, v in images.items() if known["images"].get(s, v) != v]
         if changed:
             raise UserError(
                 f"pseudo labels: {path} is of other settings ({', '.join(changed)}), so the files there are others; "

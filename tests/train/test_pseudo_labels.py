@@ -192,9 +192,10 @@ def test_other_settings_are_refused_in_a_folder_that_has_some(run_dir, whole, tm
         make(run_dir, tmp_path / "out", "cam", settings=["data.train_limit=4"])
     make(run_dir, tmp_path / "out", "cam", ["val"])
     assert before.items() < digests(tmp_path / "out").items()
-    (tmp_path / "out/pseudo_labels.json").write_text("{")
-    with pytest.raises(UserError, match="pseudo_labels.json is no JSON.*delete it"):
-        make(run_dir, tmp_path / "out", "cam")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "out/pseudo_labels.json").write_text(text)
+        with pytest.raises(UserError, match="pseudo_labels.json is no manifest.*delete it"):
+            make(run_dir, tmp_path / "out", "cam")
 
 
 def test_a_crf_that_is_switched_off_and_outputs_a_method_lacks(run_dir, tmp_path, monkeypatch):

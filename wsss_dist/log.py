@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from wsss_dist.files import write_whole
 
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
 
@@ -138,7 +139,5 @@ def _truncate(path: Path, step: int) -> list[dict]:
         if values is not None and values["step"] <= step:
             kept.append((line, values))
     if len(kept) < len(lines):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line, _ in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(line for line, _ in kept))
     return [values for _, values in kept]

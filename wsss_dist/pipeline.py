@@ -32,6 +32,7 @@ from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 from wsss_dist.pipeline_report import build_pipeline_report, scores_text
 from wsss_dist.report import ReportConfig
 from wsss_dist.schema import StrictModel, parse
@@ -308,9 +309,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,6 @@ All of it is made from the files of the stages and the data set.
 from __future__ import annotations
 
 import json
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from wsss_dist.data import DataConfig, build_dataset, chosen_rows
+from wsss_dist.files import write_whole
 from wsss_dist.report import KINDS, ROWS_PER_SHEET, embedded, page, percent, table
 from wsss_dist.stages import load_kind
 
@@ -48,7 +48,7 @@ def build_pipeline_report(folder: Path, stages: list[str], seed: int, data: Data
     manifests = [json.loads(path.read_text()) for s in stages if (path := folder / s / "stage.json").is_file()]
     kept = ("stage", "kind", "seconds", "commit", "scores")
     result = {"name": folder.name, "seed": seed, "stages": [{k: m[k] for k in kept} for m in manifests]}
-    _write(folder / "result.json", json.dumps(result, indent=1))
+    write_whole(folder / "result.json", json.dumps(result, indent=1))
     pictures = folder / "report"
     pictures.mkdir(exist_ok=True)
     parts = [
@@ -61,7 +61,7 @@ def build_pipeline_report(folder: Path, stages: list[str], seed: int, data: Data
         *(_sheets(folder, manifests, data, split, images, pictures) for split in _splits(result) if data),
     ]
     path = folder / "report.html"
-    _write(path, page(f"{folder.name}: report", "\n".join(parts)))
+    write_whole(path, page(f"{folder.name}: report", "\n".join(parts)))
     return path
 
 
@@ -193,9 +193,3 @@ def _sheets(
         report_plots.sample_sheet(samples[start : start + ROWS_PER_SHEET], names, path, columns)
         parts.append(embedded(path, f"images of {split} beside what each stage made of them", photographs=True))
     return "\n".join(parts)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -20,6 +20,7 @@ import yaml
 from pydantic import Field
 
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 from wsss_dist.schema import StrictModel
 
 KINDS = {
@@ -91,9 +92,7 @@ def build_report(run_dir: Path) -> Path:
     ]
     text = page(f"{result['name']}: report", "\n".join(s for s in sections if s))
     path = run_dir / "report.html"
-    partial = run_dir / "report.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
     return path
 
 

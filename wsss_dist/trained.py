@@ -18,6 +18,7 @@ from wsss_dist.checkpoint import newest_weights
 from wsss_dist.config import RunConfig, load_config, merged
 from wsss_dist.engine import WEIGHTS
 from wsss_dist.errors import UserError
+from wsss_dist.files import whole_file
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import BaseMethod
 from wsss_dist.schema import StrictModel, parse
@@ -30,9 +31,8 @@ def export_weights(run_dir: Path, class_names: list[str]) -> Path:
         UserError: there is no good checkpoint.
     """
     source, path = newest_weights(run_dir), run_dir / WEIGHTS
-    partial = path.with_suffix(".partial")
-    save_file(load_file(source), partial, metadata={"classes": json.dumps(class_names)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(load_file(source), partial, metadata={"classes": json.dumps(class_names)})
     return path
 
 

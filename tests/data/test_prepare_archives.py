@@ -64,7 +64,7 @@ def test_files_are_unpacked_and_what_is_there_is_kept(kind, tmp_path, into):
     counts = unpack(path, into)
     assert (counts.written, counts.kept) == (3, 0) and found(into) == FILES
     (into / "top/b/c.bin").write_bytes(b"half")
-    (into / "top/.a.txt.part").write_bytes(b"left by a kill")
+    (into / "top/.a.txt.partial").write_bytes(b"left by a kill")
     (into / "top/a.txt").unlink()
     counts = unpack(path, into)
     assert (counts.written, counts.kept) == (2, 1) and found(into) == FILES

@@ -258,3 +258,9 @@ def test_a_matlab_file_cannot_fill_the_memory(monkeypatch):
     monkeypatch.setattr(matfile, "MAX_BYTES", 10_000)
     with pytest.raises(MatError, match="unpacks to more than 10000 bytes"):
         read_mat_field(official.mat("GTcls", np.zeros((200, 200), np.uint8), True), "GTcls", "Segmentation")
+
+
+def test_a_matlab_file_of_elements_without_content_cannot_fill_the_memory():
+    whole = official.mat("GTcls", np.ones((20, 30), np.uint8), False)
+    with pytest.raises(MatError, match="more than 1000 elements in a row"):
+        read_mat_field(whole[:128] + bytes(2**24), "GTcls", "Segmentation")

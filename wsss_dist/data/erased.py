@@ -26,6 +26,7 @@ from torch import Tensor
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.transforms import MEAN, STD
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 MANIFEST = "store.json"
 
@@ -89,9 +90,7 @@ def read_manifest(folder: Path) -> StoreManifest:
 def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     """Write it, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
 
 def regions_writer(labels: np.ndarray, regions: np.ndarray) -> Callable[[IO], None]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import posixpath
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,7 @@ import numpy as np
 
 from wsss_dist.data.dataset import check_distinct
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 INDEX, SAMPLES = "shards.json", "samples.npz"
 PICTURE, MASK, JSON = range(3)
@@ -86,18 +86,8 @@ def write_index(folder: Path, index: ShardIndex) -> None:
         "samples": {"file": SAMPLES, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
         "shards": [asdict(shard) for shard in index.shards],
     }
-    replace_file(folder / SAMPLES, buffer.getvalue())
-    replace_file(folder / INDEX, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(folder / SAMPLES, buffer.getvalue(), durable=True)
+    write_whole(folder / INDEX, json.dumps(content, indent=1, ensure_ascii=False), durable=True)
 
 
 def parse_index(where: str, text: bytes, samples: bytes) -> ShardIndex:

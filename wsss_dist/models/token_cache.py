@@ -6,13 +6,14 @@ Worth its space where the same pixels come again: fixed-size views, mirrored or 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from wsss_dist.files import whole_file
 
 
 class TokenCache:
@@ -52,7 +53,5 @@ class TokenCache:
 
     def _write(self, path: Path, tokens: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(part, "wb") as file:
+        with whole_file(path, contested=True) as partial, partial.open("wb") as file:
             np.save(file, tokens)
-        os.replace(part, path)

@@ -8,7 +8,6 @@ killed goes on with the images that are missing.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from wsss_dist.data.maps import UnfitMap, load_scores
 from wsss_dist.data.palette import palette_picture
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
+from wsss_dist.files import whole_file
 from wsss_dist.schema import StrictModel
 from wsss_dist.trained import load_trained
 
@@ -172,10 +172,8 @@ def output(folder: Path, split: str, image_id: str, suffix: str) -> Path:
 
 def _write(path: Path, write: Callable[[IO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         write(file)
-    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------------------------------ images

@@ -7,7 +7,6 @@ a device among the wanted members, is refused: the official ones have none, so i
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 import tarfile
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from wsss_dist.data.prepare.work import temporary
 from wsss_dist.errors import UserError
+from wsss_dist.files import whole_file
 
 MAX_MEMBERS = 1_000_000
 # Pictures hardly shrink and annotations shrink by ten: an archive that grows more than this is no data set.
@@ -237,7 +236,7 @@ def _check_space(archive: Path, files: list[tuple[Path, int]]) -> None:
 
 def _write(source: IO[bytes], size: int, place: Path, archive: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(place) as partial:
+    with whole_file(place) as partial:
         with partial.open("wb") as out:
             left = size
             while left > 0 and (block := source.read(min(_COPY, left))):
@@ -245,4 +244,3 @@ def _write(source: IO[bytes], size: int, place: Path, archive: Path) -> None:
                 left -= len(block)
             if left:
                 raise _broken(archive, f"{place.name} has not the {size:,} bytes that it declares")
-        os.replace(partial, place)

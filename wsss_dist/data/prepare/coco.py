@@ -51,8 +51,9 @@ from wsss_dist.data.prepare.manifest import (
     settle_problems,
     write_manifest,
 )
-from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of, write_whole
+from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 COUNTS = {
     "train2014 images": 82783,

@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any
 
 from wsss_dist.data.decode import DamagedImage, Picture, inspect_image
 from wsss_dist.data.prepare.fetch import sha256_of
-from wsss_dist.data.prepare.work import in_processes, temporary, write_whole
+from wsss_dist.data.prepare.work import in_processes
 from wsss_dist.errors import UserError
+from wsss_dist.files import whole_file, write_whole
 
 Problem = tuple[str, str, str, str]
 LEFT_OUT = "left out of the lists"
@@ -147,12 +147,10 @@ def settle_problems(
 
 def write_manifest(out: Path, head: dict[str, Any], files: dict[str, str]) -> None:
     """Write manifest.json: `head`, then `files` (path -> record as JSON) sorted, a line each."""
-    with temporary(out / "manifest.json") as partial:
-        with partial.open("w") as file:
-            file.write(json.dumps(head, indent=1)[:-2] + ',\n "files": {\n')
-            file.write(",\n".join(f"  {json.dumps(name)}: {files[name]}" for name in sorted(files)))
-            file.write("\n }\n}\n")
-        os.replace(partial, out / "manifest.json")
+    with whole_file(out / "manifest.json") as partial, partial.open("w") as file:
+        file.write(json.dumps(head, indent=1)[:-2] + ',\n "files": {\n')
+        file.write(",\n".join(f"  {json.dumps(name)}: {files[name]}" for name in sorted(files)))
+        file.write("\n }\n}\n")
 
 
 def is_complete(out: Path, settings: dict, verify: bool, workers: int, track, say: Callable[[str], None]) -> bool:

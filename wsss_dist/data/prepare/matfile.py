@@ -2,6 +2,7 @@
 
 The format: "MAT-File Format", The MathWorks, chapter 1. Elements of a tag (type, bytes) and their data follow one
 another; data of one to four bytes may lie in the tag itself; a compressed element holds one element, deflated.
+scipy.io.loadmat, which reads all of the format, dies of damaged files (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 # A file of a few bytes can hold any number of zeros. The largest picture of SBD has 250,000 pixels.
 MAX_BYTES = 2**26
+# And elements of no bytes are eight bytes each, in a file and many more in memory.
+MAX_ELEMENTS = 1000
 
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MATRIX, _COMPRESSED = 14, 15
@@ -59,8 +62,11 @@ def read_mat_field(data: bytes, variable: str, field: str) -> np.ndarray:
 
 def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
     """The (type, data) of each element of a sequence."""
-    at = 0
+    at = number = 0
     while at < len(data):
+        number += 1
+        if number > MAX_ELEMENTS:
+            raise MatError(f"it holds more than {MAX_ELEMENTS} elements in a row")
         kind, count = struct.unpack_from(order + "II", data, at)
         if kind >> 16:  # the small form: 16 bits of size, 16 bits of type, and the data in the tag itself
             kind, count, begin, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
@@ -100,7 +106,7 @@ def _field(rest: list[tuple[int, bytes]], field: str, order: str) -> bytes:
     length = struct.unpack_from(order + "I", rest[0][1])[0]
     if not 0 < length <= 64:
         raise ValueError
-    packed = rest[1][1]
+    packed = rest[1][1][: MAX_ELEMENTS * length]
     names = [packed[k : k + length].split(b"\0")[0].decode("latin-1") for k in range(0, len(packed), length)]
     if field not in names:
         raise MatError(f"its struct has the fields {', '.join(names) or '(none)'}, and not '{field}'")

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -39,11 +38,11 @@ from wsss_dist.data.shard_index import (
     check_names,
     picture_member,
     read_header,
-    replace_file,
     sample_key,
     write_index,
 )
 from wsss_dist.errors import UserError
+from wsss_dist.files import whole_file, write_whole
 
 _PROGRESS, _LOCK = "progress.json", "lock"
 # raised when the same set would give other bytes
@@ -139,7 +138,7 @@ def _write_all(
         if name not in done or not (partial / name).is_file() or sha256_of(partial / name) != done[name]:
             _write_shard(partial / name, dataset, chosen, made["with_masks"])
             done[name] = sha256_of(partial / name)
-            replace_file(partial / _PROGRESS, json.dumps({"key": made["key"], "shards": done}).encode())
+            write_whole(partial / _PROGRESS, json.dumps({"key": made["key"], "shards": done}), durable=True)
             say(f"{name} ({k + 1} of {len(plan)}): {len(chosen)} images, {(partial / name).stat().st_size} bytes")
         shard = Shard(name, (partial / name).stat().st_size, done[name])
         with (partial / name).open("rb") as file:
@@ -155,17 +154,15 @@ def _members(file: str) -> tuple[str, str, str]:
 
 
 def _write_shard(path: Path, dataset: Dataset, chosen: range, masks: bool) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            for i in chosen:
-                for name, content in _contents(dataset, i, masks):
-                    member = tarfile.TarInfo(name)
-                    member.size, member.mode = len(content), 0o644
-                    archive.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with (
+        whole_file(path, durable=True) as partial,
+        tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for i in chosen:
+            for name, content in _contents(dataset, i, masks):
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(content), 0o644
+                archive.addfile(member, io.BytesIO(content))
 
 
 def _contents(dataset: Dataset, i: int, masks: bool) -> Iterator[tuple[str, bytes]]:
@@ -254,4 +251,4 @@ def _note(root: Path, out: Path) -> None:
         about = json.loads((root / "manifest.json").read_text(encoding="utf-8"))["about"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    replace_file(out / "manifest.json", json.dumps({"about": about}, indent=1).encode())
+    write_whole(out / "manifest.json", json.dumps({"about": about}, indent=1), durable=True)

@@ -37,9 +37,10 @@ from wsss_dist.data.prepare.inputs import (
 from wsss_dist.data.prepare.legacy import read_onehot, write_onehot
 from wsss_dist.data.prepare.manifest import Problem, file_record, gather, settle_problems, write_manifest
 from wsss_dist.data.prepare.voc_image import Places, finish_image
-from wsss_dist.data.prepare.work import WorkFolder, finish_items, write_whole
+from wsss_dist.data.prepare.work import WorkFolder, finish_items
 from wsss_dist.data.voc import VOC_CLASSES
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 COUNTS = {
     "images": 17125,

@@ -14,8 +14,9 @@ from wsss_dist.data.dataset import checked_mask
 from wsss_dist.data.prepare.coco import encode_mask
 from wsss_dist.data.prepare.manifest import LEFT_OUT, Problem, check_picture, file_record, picture_record
 from wsss_dist.data.prepare.matfile import MatError, read_mat_field
-from wsss_dist.data.prepare.work import stamp_of, write_whole
+from wsss_dist.data.prepare.work import stamp_of
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 
 @dataclass(frozen=True)

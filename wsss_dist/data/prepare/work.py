@@ -22,29 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 
 _CHUNK = 16
 Stamp = list[tuple[str, int, int]]
-
-
-@contextmanager
-def temporary(place: Path) -> Iterator[Path]:
-    """The path to write `place` under before it is renamed; always the same, so a second attempt overwrites the first.
-
-    It is removed where the writing fails."""
-    partial = place.with_name(f".{place.name}.part")
-    try:
-        yield partial
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(place: Path, content: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    with temporary(place) as partial:
-        partial.write_bytes(content)
-        os.replace(partial, place)
 
 
 def stamp_of(paths: Iterable[Path]) -> Stamp:

@@ -1,0 +1,36 @@
+"""Files that are there whole or not at all, however the process that writes them ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path, *, contested: bool = False, durable: bool = False) -> Iterator[Path]:
+    """The path to write instead of `path`, which it becomes at the end of the block; it goes where the block fails.
+
+    Args:
+        path: in a folder that is there.
+        contested: several processes may write this file at once; each gets a path of its own. Otherwise it is always
+            the same one, so that what a kill left of it is overwritten by the next attempt.
+        durable: on the disk before it gets its name, so that not even a power cut leaves a part of it under that name.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if contested else f".{path.name}.partial")
+    try:
+        yield partial
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: bytes | str, *, contested: bool = False, durable: bool = False) -> None:
+    """Write a file (text as UTF-8); see `whole_file`."""
+    with whole_file(path, contested=contested, durable=durable) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)

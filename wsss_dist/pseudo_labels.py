@@ -28,7 +28,6 @@ from wsss_dist.checkpoint import load_model_weights, newest_weights
 from wsss_dist.config import RunConfig
 from wsss_dist.crf import LabelCRFConfig, crf_labels, crf_of_labels
 from wsss_dist.data.batch import EvalSample
-from wsss_dist.data.erased import image_digest
 from wsss_dist.errors import UserError
 from wsss_dist.evaluate import batch_of, inference, network_input
 from wsss_dist.methods import load_method
@@ -197,7 +196,7 @@ def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step
         "kind": kind,
         "eval": cfg.eval.model_dump(mode="json", exclude={"limit", "batch"}),
     }
-    images = {split: image_digest(dataset) for split, (dataset, _) in stage.splits().items()}
+    images = {split: dataset.digest() for split, (dataset, _) in stage.splits().items()}
     path = stage.folder / MANIFEST
     known = {"images": {}}
     if path.is_file():

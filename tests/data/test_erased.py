@@ -14,7 +14,6 @@ from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.erased import (
     StoreManifest,
     UnfitRegions,
-    image_digest,
     load_regions,
     read_manifest,
     regions_writer,
@@ -51,7 +50,7 @@ class Store:
         for i in range(len(data)):
             tags = np.flatnonzero(data.tags[i])
             write(self.folder / f"{data.id(i)}.npz", tags, np.stack([own_regions(data.image(i))] * len(tags)))
-        self.manifest = StoreManifest(image_digest(data), data.class_names, COLOUR, {"rule": "quantile"}, [0.05])
+        self.manifest = StoreManifest(data.digest(), data.class_names, COLOUR, {"rule": "quantile"}, [0.05])
         write_manifest(self.folder, self.manifest)
 
     def data(self, **changes):
@@ -147,8 +146,8 @@ def test_the_digest_knows_images_and_tags(store):
     whole, part, other = store.data(), store.data(train_limit=6), store.data()
     other.tags = other.tags.copy()
     other.tags[3, 1] ^= 1
-    assert len({image_digest(d) for d in (whole, part, other)}) == 3
-    assert image_digest(whole) == image_digest(store.data())
+    assert len({d.digest() for d in (whole, part, other)}) == 3
+    assert whole.digest() == store.data().digest()
 
 
 WRONG = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,13 @@ class Dataset:
     def labels(self, i: int) -> np.ndarray:
         """Tags of image i, float32 [C], 1 where present."""
         return self.tags[i].astype(np.float32)
+
+    def digest(self) -> str:
+        """SHA-256 of the ids and tags of the images in their order; their pixels are not read."""
+        total = hashlib.sha256()
+        for i in range(len(self)):
+            total.update(f"{self.id(i)} ".encode() + self.tags[i].tobytes() + b"\n")
+        return total.hexdigest()
 
     def drop_untagged(self) -> None:
         """Leave out the images without any tag. Raises UserError when none is left."""

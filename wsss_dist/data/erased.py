@@ -12,7 +12,6 @@ Letters: C foreground classes, K tags of an image, H W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -39,7 +38,7 @@ class UnfitRegions(Exception):
 class StoreManifest:
     """What the regions of a split belong to.
 
-    images   digest of the ids and tags of the images, as `image_digest` makes it.
+    images   digest of the ids and tags of the images, `Dataset.digest`.
     classes  names of the C classes.
     mean     mean colour of the training images, RGB in 0..255, which takes the place of erased pixels.
     rule     settings by which regions were mined.
@@ -59,20 +58,12 @@ class StoreManifest:
                 f"data: {folder / MANIFEST} holds regions of the classes {', '.join(self.classes)}; expected "
                 f"{', '.join(dataset.class_names)}, those of '{dataset.name}': mine the regions again"
             )
-        if self.images != image_digest(dataset):
+        if self.images != dataset.digest():
             raise UserError(
                 f"data: {folder / MANIFEST} was made of other images or tags than '{dataset.name}' has now "
                 f"({len(dataset)} images); expected the same split, limits and tags: mine them again, or correct "
                 "data.train_limit and data.untagged"
             )
-
-
-def image_digest(dataset: Dataset) -> str:
-    """SHA-256 over the ids and tags of the images in their order."""
-    total = hashlib.sha256()
-    for i in range(len(dataset)):
-        total.update(f"{dataset.id(i)} ".encode() + dataset.tags[i].tobytes() + b"\n")
-    return total.hexdigest()
 
 
 def read_manifest(folder: Path) -> StoreManifest:

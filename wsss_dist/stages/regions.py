@@ -26,7 +26,6 @@ from wsss_dist.data.erased import (
     StoreManifest,
     UnfitRegions,
     fill_erased,
-    image_digest,
     load_regions,
     read_manifest,
     regions_writer,
@@ -247,9 +246,7 @@ def _write_manifests(stage: Stage, mean: list[float]) -> list[float | None]:
         before = [] if cfg.before is None else read_manifest(cfg.before / "out" / split).losses
         losses = [*before, last_epoch_loss(cfg.network, stage)]
         folder = stage.folder / "out" / split
-        write_manifest(
-            folder, StoreManifest(image_digest(dataset), dataset.class_names, mean, cfg.rule_of_store, losses)
-        )
+        write_manifest(folder, StoreManifest(dataset.digest(), dataset.class_names, mean, cfg.rule_of_store, losses))
     return losses
 
 

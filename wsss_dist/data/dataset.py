@@ -53,10 +53,10 @@ class Dataset:
         return self.tags[i].astype(np.float32)
 
     def digest(self) -> str:
-        """SHA-256 of the ids and tags of the images in their order; their pixels are not read."""
-        total = hashlib.sha256()
-        for i in range(len(self)):
-            total.update(f"{self.id(i)} ".encode() + self.tags[i].tobytes() + b"\n")
+        """SHA-256 of the names and tags of the images in their order; their pixels are not read."""
+        total = hashlib.sha256(str(self.files.dtype).encode())
+        for array in (self.files, self.tags):
+            total.update(np.ascontiguousarray(array).view(np.uint8))
         return total.hexdigest()
 
     def drop_untagged(self) -> None:

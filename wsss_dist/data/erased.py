@@ -38,7 +38,7 @@ class UnfitRegions(Exception):
 class StoreManifest:
     """What the regions of a split belong to.
 
-    images   digest of the ids and tags of the images, `Dataset.digest`.
+    images   digest of the names and tags of the images, `Dataset.digest`.
     classes  names of the C classes.
     mean     mean colour of the training images, RGB in 0..255, which takes the place of erased pixels.
     rule     settings by which regions were mined.

@@ -50,10 +50,10 @@ def _make() -> int:
     say = print if dist.is_main() else lambda line: None
     made = make_pseudo_labels(cfg, args.run, out, args.kind, args.split or [cfg.data.train_split], say)
     for split, scores in made.scores.items():
-        say(f"{split}: {args.kind} mIoU {100 * scores['miou']:.1f} % of {made.files[split]} images")
-    total = sum(made.files.values())
+        say(f"{split}: {args.kind} mIoU {100 * scores['miou']:.1f} % of {made.images[split]} images")
     say(
-        f"{out}: {total} images on {dist.world_size()} ranks, {made.seconds:.1f} s, {total / made.seconds:.2f} images/s"
+        f"{out}: {sum(made.images.values())} images; {made.files} files made now, on {dist.world_size()} ranks, in "
+        f"{made.seconds:.1f} s, {made.files / made.seconds:.2f} images/s"
     )
     dist.shutdown()
     return 0

@@ -102,11 +102,14 @@ def _code() -> str:
     return f"digest {digest.hexdigest()[:12]}"
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: Path, key: str = "run.dir") -> None:
     """Hold that every rank sees what rank 0 writes into a folder, which exists there; a collective call.
 
+    Args:
+        folder: what to look at.
+        key: what says where it is, for the message.
     Raises:
-        UserError: a rank does not, so that its part of a checkpoint would be lost.
+        UserError: a rank does not, so that its part of what is written would be lost.
     """
     if dist.world_size() == 1:
         return
@@ -121,7 +124,7 @@ def check_shared(folder: Path) -> None:
         if not there:
             raise UserError(
                 f"run: {found[0][2]} is not shared: rank {rank} on {host} does not find in {place} what rank 0 on "
-                f"{found[0][0]} wrote; set run.dir to a folder that all nodes have in common"
+                f"{found[0][0]} wrote; set {key} to a folder that all nodes have in common"
             )
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
 from typing import Any, TypeVar
@@ -260,24 +261,36 @@ def broadcast_object(value: T, src: int = 0) -> T:
 _ranges = 0
 
 
-def shared_range(total: int, block: int = 4) -> Iterator[int]:
-    """0 .. total - 1, each handed to one rank, whoever asks first, so that a slow rank does less.
+@contextmanager
+def shared(total: int, block: int = 4) -> Iterator[Iterator[int]]:
+    """0 .. total - 1 for `with shared(n) as mine`, each handed to one rank, whoever asks first: a slow one gets fewer.
 
-    Ascending on every rank. Every rank has to make the call, in the same order among such calls.
+    Ascending on every rank; one that gets the first of a block gets all of it. Every rank has to enter, in the same
+    order among such calls, and leaving is a collective call.
 
     Args:
         total: how many.
         block: so many in a row go to one rank.
+    Raises:
+        UserError: on every rank, and the same, where one was raised inside on any; no rank is handed more then.
     """
     global _ranges
     _ranges += 1
     if world_size() == 1:
-        return iter(range(total))
-    return _shared_range(f"wsss_dist/range/{_ranges}", total, block)
+        yield iter(range(total))
+        return
+    store, key, error = td.distributed_c10d._get_default_store(), f"wsss_dist/range/{_ranges}", None
+    try:
+        yield _handed_out(store, key, total, block)
+    except UserError as caught:
+        error = caught
+        store.add(key, total)
+    messages = all_gather_object(error and str(error))
+    if message := next((m for m in messages if m is not None), None):
+        raise error if error is not None and str(error) == message else UserError(message)
 
 
-def _shared_range(key: str, total: int, block: int) -> Iterator[int]:
-    store = td.distributed_c10d._get_default_store()
+def _handed_out(store: Any, key: str, total: int, block: int) -> Iterator[int]:
     while (start := (store.add(key, 1) - 1) * block) < total:
         yield from range(start, min(start + block, total))
 

@@ -2,18 +2,19 @@
 
 B batch, C foreground classes, K = C + 1 with background (0), H W pixels of an image at its native size.
 
-Each rank takes every world_size-th image and only integer counts travel between ranks, so N ranks give the result of
-one (as far as the network gives an image the same maps in another batch). The protocol is that of PCRE (CVPR 2025):
-the image is squeezed to a square (or keeps its aspect), the maps are resized to the native size and labelled there.
+The images of a split are cut into blocks of eval.batch, a batch is the images of a block that have one size, and the
+ranks share the blocks, whoever is free takes the next one. So an image meets the same others with any number of ranks,
+and as only integer counts travel between them, N ranks give the result of one. The protocol is that of PCRE (CVPR
+2025): the image is squeezed to a square (or keeps its aspect), the maps are resized to the native size and labelled
+there.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,16 +24,17 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from wsss_dist import dist
-from wsss_dist.agreement import check_same, facts_of_data
+from wsss_dist.agreement import check_same, facts_of_data, flat
 from wsss_dist.crf import CRFConfig
-from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples
-from wsss_dist.data.batch import Batch, EvalSample
+from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples, chosen_rows
+from wsss_dist.data.batch import EvalSample, batch_of
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
+from wsss_dist.files import write_whole
 from wsss_dist.methods.base import BaseMethod, Views
 from wsss_dist.metrics import SWEEP, ThresholdSweep
 from wsss_dist.schema import StrictModel
@@ -52,7 +54,7 @@ class EvalConfig(StrictModel):
     beta: float = Field(0.5, ge=0, le=1)  # CAM label: background where no class is above it
     crf: CRFConfig | None = CRFConfig()
     limit: int | None = Field(None, ge=1)  # images of a split in the evaluations during training; None: all
-    batch: int = Field(8, ge=1)  # images at once, as far as neighbours have one size
+    batch: int = Field(8, ge=1)  # images at once, as far as they have one size
 
     @field_validator("cam_scales", "seg_scales")
     @classmethod
@@ -68,7 +70,8 @@ def open_splits(cfg: RunConfig, splits: list[str], class_names: list[str] | None
     Args:
         class_names: classes that the splits must have; None: those of the first one.
     Raises:
-        UserError: a split has no masks, so there is nothing to score against, wrong ones, or other classes.
+        UserError: a split has no masks, so there is nothing to score against, wrong ones, or other classes; or a rank
+            has other images or settings.
     """
     datasets: dict[str, Any] = {}
 
@@ -86,7 +89,10 @@ def open_splits(cfg: RunConfig, splits: list[str], class_names: list[str] | None
                     f"evaluation: split '{split}' of {cfg.data.root} has the classes {_some(dataset.class_names)}, the "
                     f"other splits {_some(classes)}; expected the same: give all annotation files the same categories"
                 )
-        return {k: v for split, dataset in datasets.items() for k, v in facts_of_data(split, dataset).items()}
+        found = {k: v for split, dataset in datasets.items() for k, v in facts_of_data(split, dataset).items()}
+        # all ranks have to cut the images into the same blocks
+        settings = {**flat("eval", cfg.eval.model_dump(mode="json")), "data.val_limit": cfg.data.val_limit}
+        return {**found, **{f"config '{key}'": value for key, value in settings.items()}}
 
     check_same(opened)
     for dataset in datasets.values():
@@ -168,31 +174,37 @@ def _quick(cfg: RunConfig) -> RunConfig:
 def _score_split(method: BaseMethod, cfg: RunConfig, dataset: Any, split: str, step: int | None, final: bool) -> Tally:
     num_classes = len(dataset.class_names) + 1
     tally = Tally(ThresholdSweep(num_classes, (*SWEEP, cfg.eval.beta)))
-    loader = build_eval_loader(dataset, cfg.data, rank=dist.rank(), world_size=dist.world_size())
-    total = _num_images(dataset, cfg)
-    keep = _strided(total, cfg.report.num_images) if final else set()
-    inputs = ((sample, network_input(sample.image.to(device_of(method)), cfg.eval.size, method)) for sample in loader)
-    positions = itertools.count(dist.rank(), dist.world_size())
+    rows = chosen_rows(dataset, cfg.data.val_limit)
+    keep = {int(rows[i]) for i in _strided(len(rows), cfg.report.num_images)} if final else set()
     views = Views(cfg.eval.cam_scales, cfg.eval.seg_scales, cfg.eval.fuse, step=step, extras=final)
-    for chunk in _chunks(_progress(inputs, len(loader), f"evaluate {split}"), cfg.eval.batch):
-        samples, images = zip(*chunk, strict=True)
-        batch = batch_of(samples, torch.stack(images))
-        prediction = method.predict(batch, views)
-        for i, sample in enumerate(samples):
-            score_image(tally, prediction, i, sample, cfg.eval.crf, keep=next(positions) in keep)
+    with dist.shared(len(rows), cfg.eval.batch) as mine:
+        loader = build_eval_loader(dataset, cfg.data, (int(rows[k]) for k in mine), cfg.eval.batch)
+        for block in _progress(_blocks(loader, cfg.eval.batch), rows, f"evaluate {split}"):
+            for samples, images in _of_one_shape(block, cfg.eval.size, method):
+                prediction = method.predict(batch_of(samples, images), views)
+                for i, sample in enumerate(samples):
+                    score_image(tally, prediction, i, sample, cfg.eval.crf, keep=sample.index in keep)
     return tally
 
 
-def batch_of(samples: Sequence[EvalSample], images: Tensor) -> Batch:
-    """The batch of images [B, 3, H, W], as they go into the network, with the tags of their samples."""
-    device = images.device
-    return Batch(
-        images=images,
-        labels=torch.stack([s.labels for s in samples]).to(device),
-        boxes=torch.tensor([[0, images.shape[-2], 0, images.shape[-1]]] * len(samples), device=device),
-        ids=[s.id for s in samples],
-        flipped=torch.zeros(len(samples), dtype=torch.bool, device=device),
-    )
+def _blocks(samples: Iterable[EvalSample], size: int) -> Iterator[list[EvalSample]]:
+    """Blocks as they were handed out: the ranks get whole ones, and the last of all may be shorter."""
+    samples = iter(samples)
+    while block := list(itertools.islice(samples, size)):
+        yield block
+
+
+def _of_one_shape(
+    block: list[EvalSample], size: int | None, method: nn.Module
+) -> Iterator[tuple[list[EvalSample], Tensor]]:
+    """The samples of a block whose network inputs have one shape, with these inputs [B, 3, H, W]; shape by shape."""
+    device, found = device_of(method), {}
+    for sample in block:
+        image = network_input(sample.image.to(device), size, method)
+        found.setdefault(image.shape, []).append((sample, image))
+    for pairs in found.values():
+        samples, images = zip(*pairs, strict=True)
+        yield list(samples), torch.stack(images)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -241,31 +253,24 @@ def _strided(total: int, count: int) -> set[int]:
     return {i * total // count for i in range(count)}
 
 
-def _progress(items: Iterable[Any], total: int, text: str) -> Iterator[Any]:
-    """The items, with a bar on rank 0's terminal, or a line every tenth of the way where there is none."""
-    console = Console()
+def _progress(blocks: Iterable[list[EvalSample]], rows: np.ndarray, text: str) -> Iterator[list[EvalSample]]:
+    """The blocks, with a bar on rank 0's terminal, or a line every tenth of the way where there is none.
+
+    `rows`, int64 ascending, are handed out in order to all ranks: the place of rank 0's block says how far they are.
+    """
     if not dist.is_main():
-        yield from items
-    elif console.is_terminal:
-        yield from track(items, text, total=total, console=console, transient=True)
-    else:
-        start = time.perf_counter()
-        for i, item in enumerate(items, start=1):
-            yield item
-            if i * 10 // total > (i - 1) * 10 // total:
-                print(f"{text}: image {i}/{total}, {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def _chunks(items: Iterable[tuple[EvalSample, Tensor]], size: int) -> Iterator[list[tuple[EvalSample, Tensor]]]:
-    """Runs of at most `size` neighbours whose network inputs have one shape."""
-    chunk: list[tuple[EvalSample, Tensor]] = []
-    for item in items:
-        if chunk and (len(chunk) == size or item[1].shape != chunk[0][1].shape):
-            yield chunk
-            chunk = []
-        chunk.append(item)
-    if chunk:
-        yield chunk
+        yield from blocks
+        return
+    total, start, tenth, console = len(rows), time.perf_counter(), 0, Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=total)
+        for block in blocks:
+            yield block
+            number = int(np.searchsorted(rows, block[-1].index)) + 1
+            bar.update(task, completed=number)
+            if not console.is_terminal and number * 10 // total > tenth:
+                tenth = number * 10 // total
+                print(f"{text}: image {number}/{total}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def _write_samples(folder: Path, samples: list[dict[str, Any]]) -> None:
@@ -295,9 +300,7 @@ def _write_result(run_dir: Path, note: str | None, cfg: RunConfig, class_names: 
         "weights_note": note,
         "splits": {**earlier, **records},
     }
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False))
-    os.replace(partial, path)
+    write_whole(path, json.dumps(result, indent=1, allow_nan=False))
 
 
 def _data_note(root: Path) -> str | None:

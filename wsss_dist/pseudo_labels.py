@@ -3,16 +3,20 @@
 OUT/out/<split>/<id>.png (or .npz, .npy), as in the folder of a stage, and OUT/pseudo_labels.json with what made them.
 The ranks share the images, whoever is free takes the next ones; an image is alone in its batch, so that its file has
 the same bytes with any number of ranks. A file that is there is whole: started again, only the missing ones are made.
+Two commands at once do not write into one folder.
 
 Letters: C foreground classes, T tags of the image, H W its pixels.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_dist import dist
-from wsss_dist.agreement import check_same, facts_of_config, facts_of_data
+from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data
 from wsss_dist.checkpoint import load_model_weights, newest_weights
 from wsss_dist.config import RunConfig
 from wsss_dist.crf import LabelCRFConfig, crf_labels, crf_of_labels
-from wsss_dist.data.batch import EvalSample
+from wsss_dist.data.batch import EvalSample, batch_of
 from wsss_dist.errors import UserError
-from wsss_dist.evaluate import batch_of, inference, network_input
+from wsss_dist.evaluate import inference, network_input
+from wsss_dist.files import write_whole
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import Prediction, Views
 from wsss_dist.scoring import resized, resized_labels
@@ -57,17 +62,22 @@ LABELS = {
 }
 MAPS = {
     "maps": "CAMs of the tags: .npz of `labels` int16 [T] and `full` float16 [T, H, W]",
-    "maps_irn": "CAMs of the tags as IRNet keeps them: .npy, a dict of `keys` [T], `cam` at stride 4 and `high_res`",
+    "maps_irn": "CAMs of the tags as in IRNet: .npy, a dict of `keys` [T], a tensor `cam` at stride 4, `high_res`",
 }
 SUFFIXES = {**dict.fromkeys(LABELS, ".png"), "maps": ".npz", "maps_irn": ".npy"}
 
 
 @dataclass
 class Made:
-    """What `make_pseudo_labels` made: split -> number of files; split -> metrics, of splits with masks; seconds."""
+    """What `make_pseudo_labels` made.
 
-    files: dict[str, int]
+    `images` of each split, `scores` of splits with masks, `files` that were made in this call, and in how many
+    `seconds`.
+    """
+
+    images: dict[str, int]
     scores: dict[str, dict[str, Any]]
+    files: int
     seconds: float
 
 
@@ -84,7 +94,8 @@ def make_pseudo_labels(
         splits: names.
         say: takes lines that say how far it is.
     Raises:
-        UserError: no checkpoint, a method without such an output, files of other settings in `out`, a damaged image.
+        UserError: no checkpoint, a method without such an output, files of other settings in `out`, a damaged image;
+            another process makes files in `out`, or not every node sees it.
     """
     stage = Stage(out.name, out, StageConfig(data=cfg.data, splits=splits), say)
     check_same(lambda: _facts(stage, cfg, kind))
@@ -95,7 +106,6 @@ def make_pseudo_labels(
     step = load_model_weights(run_dir, method)
     method.after_load()
     method.to(dist.device())
-    dist.on_main(lambda: _check_manifest(stage, cfg, run_dir, kind, step))
     views = _views(cfg, kind, step)
 
     def work(sample: EvalSample, *_: Any) -> Callable[[IO], None] | None:
@@ -105,11 +115,44 @@ def make_pseudo_labels(
         prediction = method.predict(batch_of([sample], image[None]), views)
         return _writer(prediction, sample, cfg, kind)
 
-    start = time.perf_counter()
-    with inference(method):
-        stage.make(SUFFIXES[kind], work)
-    seconds = time.perf_counter() - start
-    return Made({s: len(rows) for s, (_, rows) in stage.splits().items()}, _scores(stage, kind), seconds)
+    with _held(out):
+        dist.on_main(lambda: _check_manifest(stage, cfg, run_dir, kind, step))
+        check_shared(out, "--out")
+        start = time.perf_counter()
+        with inference(method):
+            files = stage.make(SUFFIXES[kind], work)
+        seconds = time.perf_counter() - start
+        images = {split: len(rows) for split, (_, rows) in stage.splits().items()}
+        return Made(images, _scores(stage, kind), files, seconds)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder for the ranks of this command alone; entering is a collective call.
+
+    By a lock of the operating system on rank 0, which a killed process leaves to the next. File systems without locks
+    have none.
+    """
+    held = []
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(open(folder / ".lock", "w"))  # noqa: SIM115  held until the end
+        try:
+            fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"pseudo labels: another process is making files in {folder}; wait for it, stop it, or choose "
+                    "another --out"
+                ) from None
+
+    try:
+        dist.on_main(take)
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def _facts(stage: Stage, cfg: RunConfig, kind: str) -> dict[str, Any]:
@@ -169,8 +212,18 @@ def _of_head(logits: Tensor, sample: EvalSample, tags: Tensor, cfg: RunConfig, k
 
 def _irn_writer(tags: Tensor, cam: Tensor) -> Callable[[IO], None]:
     small = F.interpolate(cam[None], size=[-(-side // 4) for side in cam.shape[-2:]], mode="bilinear")[0]
-    content = {"keys": tags.cpu().numpy(), "cam": small.cpu().numpy(), "high_res": cam.cpu().numpy()}
+    content = {"keys": tags.cpu().numpy(), "cam": _Tensor(small.cpu().numpy()), "high_res": cam.cpu().numpy()}
     return lambda file: np.save(file, content, allow_pickle=True)
+
+
+class _Tensor:
+    """Read as a float32 tensor, which IRNet's code asks for; what torch itself writes of one holds its address."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __reduce__(self) -> tuple[type, tuple[np.ndarray]]:
+        return torch.Tensor, (self.array,)
 
 
 def _scores(stage: Stage, kind: str) -> dict[str, dict[str, Any]]:
@@ -215,7 +268,4 @@ def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step
                 f"pseudo labels: {path} is of other settings ({', '.join(changed)}), so the files there are others; "
                 f"expected the same: choose another --out, or delete {stage.folder}"
             )
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{MANIFEST}.partial")
-    partial.write_text(json.dumps({**settings, "images": {**known["images"], **images}}, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps({**settings, "images": {**known["images"], **images}}, indent=1))

@@ -193,7 +193,8 @@ def test_voc_mistakes(tmp_path):
 
 def evaluate(root):
     cfg = sets.config(root, "folder")
-    return list(build_eval_loader(build_dataset(cfg, "train"), cfg, rank=0, world_size=1))
+    data = build_dataset(cfg, "train")
+    return list(build_eval_loader(data, cfg, range(len(data))))
 
 
 def test_masks(tmp_path):

@@ -223,25 +223,31 @@ def test_training_is_the_same_without_any_pixel_label(tmp_path):
     assert _train_batches(root) == before
 
 
-def test_eval_loader_shards_limits_and_keeps_native_sizes(tmp_path):
+def test_eval_loader_keeps_order_and_native_sizes(tmp_path):
     root = write_synthetic_dataset(tmp_path / "set", 1, 11, 40, 3, seed=0)
     cfg = sets.config(root)
     data = build_dataset(cfg, "val")
-    shards = [list(build_eval_loader(data, cfg, rank=r, world_size=3)) for r in range(3)]
-    assert [[s.index for s in shard] for shard in shards] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
-    sample = shards[1][2]
+    samples = list(build_eval_loader(data, cfg, [1, 4, 7, 10]))
+    assert [s.index for s in samples] == [1, 4, 7, 10]
+    sample = samples[2]
     assert sample.image.shape == (3, 40, 40) and (sample.image.permute(1, 2, 0).numpy() == data.image(7)).all()
     assert (sample.mask.numpy() == data.mask(7)).all() and sample.id == data.id(7)
     assert sample.labels.tolist() == data.labels(7).tolist()
-    limited = sets.config(root, val_limit=4, num_workers=1)
-    loaders = [build_eval_loader(data, limited, rank=r, world_size=2) for r in range(2)]
-    assert [len(loader) for loader in loaders] == [2, 2]
-    assert [[s.index for s in loader] for loader in loaders] == [[0, 5], [2, 8]]
+
+
+@pytest.mark.parametrize(("workers", "ahead", "read"), [(0, 3, 0), (1, 3, 3), (2, 3, 4), (3, 1, 3)])
+def test_no_more_images_are_asked_for_ahead_of_their_use(workers, ahead, read, tmp_path):
+    root = write_synthetic_dataset(tmp_path / "set", 1, 11, 40, 3, seed=0)
+    cfg, asked = sets.config(root, num_workers=workers), []
+    data = build_dataset(cfg, "val")
+    samples = iter(build_eval_loader(data, cfg, (asked.append(k) or k for k in range(11)), ahead))
+    for k in range(3):
+        assert next(samples).index == k and len(asked) == k + 1 + read
 
 
 def test_eval_without_masks_gives_none(tmp_path):
     cfg = sets.config(sets.write_folder(tmp_path), "folder")
-    assert [s.mask for s in build_eval_loader(build_dataset(cfg, "train"), cfg, rank=0, world_size=1)] == [None] * 3
+    assert [s.mask for s in build_eval_loader(build_dataset(cfg, "train"), cfg, range(3))] == [None] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
 from tests.train.ranks import run_ranks
 from wsss_dist import dist
+from wsss_dist.errors import UserError
 
 WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
@@ -63,3 +66,50 @@ def test_without_a_group_they_are_the_identity():
     assert torch.equal(dist.gather_batch(x), x) and torch.equal(dist.batch_max(x), x)
     (grad,) = torch.autograd.grad(dist.gather_batch(x).sum() + 2 * dist.batch_max(x).sum(), x)
     assert torch.equal(grad, torch.full_like(x, 3.0))
+
+
+def _share(total: int, block: int, slow: int | None = None) -> list[int]:
+    taken = []
+    with dist.shared(total, block) as mine:
+        for k in mine:
+            taken.append(k)
+            time.sleep(0.1 if dist.rank() == slow else 0.001)
+    return taken
+
+
+def _shares() -> list[list[int]]:
+    return [_share(23, 3), _share(2, 3), _share(0, 3), _share(40, 1, slow=0)]
+
+
+def test_every_number_is_handed_to_one_rank_and_a_slow_one_gets_fewer(tmp_path):
+    assert _share(5, 2) == [0, 1, 2, 3, 4]
+    ranks = run_ranks(3, tmp_path, _shares)
+    for total, parts in zip((23, 2, 0, 40), zip(*ranks, strict=True), strict=True):
+        assert sorted(k for part in parts for k in part) == list(range(total))
+        assert all(part == sorted(part) for part in parts)
+    whole = [{k // 3 for k in part} for part, *_ in ranks]
+    assert sum(map(len, whole)) == 8 == len(set.union(*whole)), "a block is not split"
+    assert 3 * len(ranks[0][3]) < min(len(ranks[1][3]), len(ranks[2][3]))
+
+
+def _share_and_fail(failing: dict[int, str]) -> tuple[list[str], int]:
+    """Messages of two attempts, and how many numbers this rank took in the first one."""
+    messages, taken = [], 0
+    for fails in (failing, {}):
+        try:
+            with dist.shared(3000, 1) as mine:
+                for k in mine:
+                    taken += bool(fails)
+                    if k >= 20 and dist.rank() in fails:
+                        raise UserError(fails[dist.rank()])
+                    time.sleep(0.001)
+        except UserError as error:
+            messages.append(str(error))
+    return messages, taken
+
+
+def test_an_error_on_one_rank_is_one_message_on_all_and_ends_the_work(tmp_path):
+    for failing in ({1: "one"}, {1: "one", 2: "two"}):
+        ends = run_ranks(3, tmp_path, _share_and_fail, failing)
+        assert [messages for messages, _ in ends] in ([["one"]] * 3, [["two"]] * 3)
+        assert sum(taken for _, taken in ends) < 1500, "the others go on although the work has failed"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.methods import pcre_runs
 from tests.train.ranks import run_ranks
-from wsss_dist import dist, pseudo_labels, stages
+from wsss_dist import agreement, dist, pseudo_labels, stages
 from wsss_dist.config import load_config, parse_config
 from wsss_dist.data import build_dataset
 from wsss_dist.data.palette import voc_palette
@@ -36,8 +36,12 @@ TRAIN = 13
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pseudo")
-    write_synthetic_dataset(folder / "data", TRAIN, 5, 64, 3, seed=0)
+    return small_run(tmp_path_factory.mktemp("pseudo"), TRAIN)
+
+
+def small_run(folder, images):
+    """Folder of a run of three steps, its split "train" of so many images."""
+    write_synthetic_dataset(folder / "data", images, 5, 64, 3, seed=0)
     values = pcre_runs.values(engine="plain", steps=3)
     values["run"] = {"name": "small", "dir": str(folder)}
     values["data"] = {"format": "coco", "root": str(folder / "data"), "eval_splits": ["val"], "crop": 64}
@@ -77,7 +81,7 @@ def test_labels_score_what_the_evaluation_scores(kind, run_dir, tmp_path):
     made, _ = make(run_dir, tmp_path / "out", kind, ["val"], ["eval.batch=1"])
     known = json.loads((run_dir / "result.json").read_text())["splits"]["val"]["kinds"]
     files = sorted((tmp_path / "out/out/val").iterdir())
-    assert len(files) == 5 and made.files == {"val": 5}
+    assert len(files) == 5 == made.files and made.images == {"val": 5}
     for path in files:
         with Image.open(path) as picture:
             assert picture.mode == "P" and picture.size == (64, 64)
@@ -118,6 +122,9 @@ def test_maps_in_both_forms(run_dir, tmp_path):
         irn = np.load(tmp_path / f"irn/out/train/{data.id(i)}.npy", allow_pickle=True).item()
         assert scores.classes.tolist() == irn["keys"].tolist() == tags
         assert irn["cam"].shape == (len(tags), 16, 16) and irn["high_res"].dtype == np.float32
+        assert irn["cam"].dtype == torch.float32, "make_sem_seg_labels.py of IRNet calls .cuda()"
+        small = torch.nn.functional.interpolate(torch.from_numpy(irn["high_res"])[None], (16, 16), mode="bilinear")
+        assert torch.equal(irn["cam"], small[0])
         np.testing.assert_allclose(scores.maps.numpy(), irn["high_res"], atol=5e-4)
 
 
@@ -132,8 +139,16 @@ def whole(run_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_makes_the_same_bytes(ranks, run_dir, whole, tmp_path):
-    assert len(run_ranks(ranks, tmp_path, make, run_dir, tmp_path / "out")) == ranks
+    out = run_ranks(ranks, tmp_path, make, run_dir, tmp_path / "out")
+    assert [made.files for made, _ in out] == [TRAIN] * ranks
     assert digests(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_two_ranks_make_the_same_maps(kind, run_dir, tmp_path):
+    make(run_dir, tmp_path / "one", kind)
+    run_ranks(2, tmp_path, make, run_dir, tmp_path / "two", kind)
+    assert len(digests(tmp_path / "one")) == TRAIN and digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def made_by_rank(run_dir, out, slow):
@@ -177,8 +192,9 @@ def test_killed_and_started_again(run_dir, whole, tmp_path):
         assert digests(out).items() <= whole.items()
     before = len(digests(out))
     assert 2 <= before
-    _, lines = make(run_dir, out)
+    made, lines = make(run_dir, out)
     assert any(f"{before} of {TRAIN} images are there already" in line for line in lines) or before == TRAIN
+    assert made.files == TRAIN - before
     assert digests(out) == whole
 
 
@@ -196,6 +212,31 @@ def test_other_settings_are_refused_in_a_folder_that_has_some(run_dir, whole, tm
         (tmp_path / "out/pseudo_labels.json").write_text(text)
         with pytest.raises(UserError, match="pseudo_labels.json is no manifest.*delete it"):
             make(run_dir, tmp_path / "out", "cam")
+
+
+def test_two_at_once_are_refused(run_dir, tmp_path, monkeypatch):
+    refused = []
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        refused.append(run_ranks(1, tmp_path, make, run_dir, tmp_path / "out", fails=True))
+
+    monkeypatch.setattr(pseudo_labels, "check_shared", meanwhile)
+    make(run_dir, tmp_path / "out")
+    (((kind, message),),) = refused
+    assert kind == "UserError" and "another process is making files in" in message and "another --out" in message
+    assert make(run_dir, tmp_path / "out")[0].files == 0
+
+
+def _make_here(run_dir, outs):
+    agreement._SEEN_WITHIN_S = 1
+    make(run_dir, outs[dist.rank()])
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_refused(run_dir, tmp_path):
+    for kind, message in run_ranks(2, tmp_path, _make_here, run_dir, [tmp_path / "a", tmp_path / "b"], fails=True):
+        assert kind == "UserError" and "a is not shared: rank 1 on" in message and "set --out to a folder" in message
+    assert not digests(tmp_path / "a") and not digests(tmp_path / "b")
 
 
 def test_a_crf_that_is_switched_off_and_outputs_a_method_lacks(run_dir, tmp_path, monkeypatch):
@@ -226,7 +267,8 @@ def test_the_command(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dist, "shutdown", lambda: None)
     assert runpy.run_path(str(ROOT / "launch/pseudo_labels.py"))["main"]() == 0
     out = capsys.readouterr().out
-    assert "val: cam mIoU" in out and f"pseudo_labels/cam: {TRAIN + 5} images on 1 ranks" in out
+    assert "val: cam mIoU" in out and f"pseudo_labels/cam: {TRAIN + 5} images; {TRAIN + 5} files made now, on 1" in out
+    assert " images/s" in out.splitlines()[-1]
     assert len(digests(run_dir / "pseudo_labels/cam")) == TRAIN + 5
     monkeypatch.setattr(sys, "argv", ["x", "--run", str(tmp_path)])
     assert runpy.run_path(str(ROOT / "launch/pseudo_labels.py"))["main"]() == 2

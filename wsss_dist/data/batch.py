@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,3 +74,15 @@ class EvalSample:
     image: Tensor
     labels: Tensor
     mask: Tensor | None
+
+
+def batch_of(samples: Sequence[EvalSample], images: Tensor) -> Batch:
+    """The batch of images [B, 3, H, W], as they go into the network, with the tags of their samples."""
+    device = images.device
+    return Batch(
+        images=images,
+        labels=torch.stack([s.labels for s in samples]).to(device),
+        boxes=torch.tensor([[0, images.shape[-2], 0, images.shape[-1]]] * len(samples), device=device),
+        ids=[s.id for s in samples],
+        flipped=torch.zeros(len(samples), dtype=torch.bool, device=device),
+    )

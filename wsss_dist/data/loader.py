@@ -23,7 +23,7 @@ from wsss_dist.errors import UserError
 
 # So many unreadable files in a row are no accident: a wrong folder, or a disk that is gone.
 MAX_IN_A_ROW = 50
-# Batches that each worker prepares ahead.
+# Training batches that each worker prepares ahead.
 PREFETCH = 4
 
 
@@ -41,7 +41,7 @@ class TrainLoader:
             _TrainSamples(dataset, cfg, seed),
             batch_sampler=sampler,
             collate_fn=_unwrap,
-            **_workers(cfg.num_workers),
+            **_workers(cfg.num_workers, PREFETCH),
         )
 
     def __len__(self) -> int:
@@ -184,20 +184,22 @@ def _read_or_next(dataset: Dataset, index: int, damaged: list[tuple[str, str]]) 
     )
 
 
-def build_eval_loader(dataset: Dataset, cfg: DataConfig, *, rank: int, world_size: int) -> DataLoader:
-    """Images of an evaluation split with tags and masks, one `EvalSample` an item; `len()` counts those of this rank.
+def build_eval_loader(dataset: Dataset, cfg: DataConfig, rows: Iterable[int], ahead: int = 4) -> DataLoader:
+    """Images of an evaluation split with tags and masks, one `EvalSample` an item; mask None in a split without.
 
-    Image i of the split goes to rank i % world_size. With cfg.val_limit only that many evenly strided images count, and
-    the i-th of those goes to rank i % world_size. Iterating raises a UserError at an image that cannot be read: leaving
-    it out would change the score. A split without masks gives mask = None.
+    Args:
+        dataset: the split.
+        cfg: num_workers.
+        rows, ahead: as of `build_inference_loader`.
+    Raises:
+        UserError: iterating: an image or mask that cannot be read; leaving it out would change the score.
     """
     if dataset.has_masks:
         dataset.open_masks()
-    chosen = chosen_rows(dataset, cfg.val_limit)[rank::world_size]
-    return _EvalLoader(_EvalSamples(dataset, masks=True), chosen, cfg.num_workers)
+    return _EvalLoader(_EvalSamples(dataset, masks=True), rows, cfg.num_workers, ahead)
 
 
-def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: Iterable[int]) -> DataLoader:
+def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: Iterable[int], ahead: int = 4) -> DataLoader:
     """Images of a split with id and tags and without masks, for a stage that makes something of each.
 
     One `EvalSample` an item, its mask None: the masks of the split are never opened.
@@ -205,11 +207,13 @@ def build_inference_loader(dataset: Dataset, cfg: DataConfig, rows: Iterable[int
     Args:
         dataset: the split.
         cfg: num_workers.
-        rows: positions of the images in the order wanted; asked for one by one, PREFETCH a worker ahead of their use.
+        rows: positions of the images in the order wanted, asked for one by one.
+        ahead: so many images are asked for and read ahead of their use, at least one a worker. More than that would
+            hold images back from ranks that are free, where the ranks share them.
     Raises:
         UserError: iterating: an image that cannot be read.
     """
-    return _EvalLoader(_EvalSamples(dataset, masks=False), rows, cfg.num_workers)
+    return _EvalLoader(_EvalSamples(dataset, masks=False), rows, cfg.num_workers, ahead)
 
 
 def check_eval_samples(dataset: Dataset, cfg: DataConfig, count: int = 8) -> None:
@@ -231,8 +235,9 @@ def chosen_rows(dataset: Dataset, limit: int | None) -> np.ndarray:
 
 
 class _EvalLoader(DataLoader):
-    def __init__(self, samples: _EvalSamples, rows: Iterable[int], num_workers: int) -> None:
-        super().__init__(samples, batch_size=None, sampler=rows, **_workers(num_workers))
+    def __init__(self, samples: _EvalSamples, rows: Iterable[int], num_workers: int, ahead: int) -> None:
+        prefetch = -(-ahead // max(1, num_workers))
+        super().__init__(samples, batch_size=None, sampler=rows, **_workers(num_workers, prefetch))
 
     def __iter__(self) -> Iterator[EvalSample]:
         for item in super().__iter__():
@@ -276,7 +281,7 @@ def _eval_sample(dataset: Dataset, index: int, masks: bool) -> EvalSample:
     )
 
 
-def _workers(num_workers: int) -> dict:
+def _workers(num_workers: int, prefetch: int) -> dict:
     # its own generator: torch's global one, which the models draw from, is the same with and without a loader
     settings: dict = {
         "num_workers": num_workers,
@@ -284,7 +289,7 @@ def _workers(num_workers: int) -> dict:
         "generator": torch.Generator(),
     }
     if num_workers:
-        settings["prefetch_factor"] = PREFETCH
+        settings["prefetch_factor"] = prefetch
     return settings
 
 

@@ -1,8 +1,8 @@
 """What every stage that makes one file per image shares: which images, which rank, what is there already.
 
 The images of a stage are those of its splits, by default the training split and data.eval_splits (of the latter
-data.val_limit, as in an evaluation). A rank takes a few images at a time, whoever asks first, and an image has the same
-bytes on whichever rank. A file that is there is whole, since it is written under another name first: a stage that was
+data.val_limit, as in an evaluation). A rank that is free takes the next image, and an image has the same bytes on
+whichever rank. A file that is there is whole, since it is written under another name first: a stage that was
 killed goes on with the images that are missing.
 """
 
@@ -83,17 +83,20 @@ class Stage:
         """The file of an image."""
         return output(self.folder, split, image_id, suffix)
 
-    def make(self, suffix: str, work: Callable[[EvalSample, str, Dataset], Callable[[IO], None] | None]) -> None:
+    def make(self, suffix: str, work: Callable[[EvalSample, str, Dataset], Callable[[IO], None] | None]) -> int:
         """Make the file of every image that has none; a collective call.
 
         Args:
             suffix: ".png" or ".npz".
             work: (sample, split, data set) -> what writes the content into an open file, or None for an image without.
+        Returns:
+            how many were made, on all ranks.
         Raises:
             UserError: on every rank, if any of them met one.
         """
+        total = 0
         for split, (dataset, rows) in self.splits().items():
-            without = make_files(
+            made, without = make_files(
                 f"{self.name}, {split}",
                 dataset,
                 rows,
@@ -104,6 +107,8 @@ class Stage:
             )
             if left_out := dataset.left_out + without:
                 self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
+            total += made
+        return total
 
 
 def make_files(
@@ -114,7 +119,7 @@ def make_files(
     path_of: Callable[[str], Path],
     work: Callable[[EvalSample], Callable[[IO], None] | None],
     say: Callable[[str], None],
-) -> int:
+) -> tuple[int, int]:
     """Make the file of every image that has none, the ranks together; a collective call.
 
     Args:
@@ -126,43 +131,28 @@ def make_files(
         work: sample -> what writes the content into an open file, or None for an image without.
         say: takes those lines.
     Returns:
-        how many images have no file.
+        how many files were made on all ranks, and how many images have none.
     Raises:
         UserError: on every rank, if any of them met one.
     """
     todo = dist.on_main(lambda: np.array([r for r in rows if not path_of(dataset.id(int(r))).is_file()], np.int64))
     if len(todo) < len(rows):
         say(f"{name}: {len(rows) - len(todo)} of {len(rows)} images are there already")
-    claimed = (int(todo[k]) for k in dist.shared_range(len(todo)))
-
-    def own() -> int:
-        without, quarter, start = 0, 0, time.perf_counter()
-        for sample in build_inference_loader(dataset, cfg, claimed):
+    made, without, quarter, start = 0, 0, 0, time.perf_counter()
+    with dist.shared(len(todo), block=1) as mine:
+        for sample in build_inference_loader(dataset, cfg, (int(todo[k]) for k in mine), ahead=1):
             write = work(sample)
             if write is None:
                 without += 1
             else:
                 _write(path_of(sample.id), write)
+                made += 1
             number = int(np.searchsorted(todo, sample.index)) + 1
             if number * 4 // len(todo) > quarter:
                 quarter = number * 4 // len(todo)
                 say(f"{name}: image {number}/{len(todo)}, {time.perf_counter() - start:.0f} s")
-        return without
-
-    return sum(together(own))
-
-
-def together(work: Callable[[], Any]) -> list[Any]:
-    """What `work()` returns on each rank; where it raised a UserError on any, every rank raises one. Collective."""
-    error, value = None, None
-    try:
-        value = work()
-    except UserError as caught:
-        error = caught
-    found = dist.all_gather_object((error and str(error), value))
-    if message := next((message for message, _ in found if message), None):
-        raise error or UserError(message)
-    return [value for _, value in found]
+    made, without = dist.all_reduce_sum(torch.tensor([made, without])).tolist()
+    return made, without
 
 
 def output(folder: Path, split: str, image_id: str, suffix: str) -> Path:

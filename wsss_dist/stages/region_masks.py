@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -23,7 +22,7 @@ from wsss_dist.data.decode import read_channel
 from wsss_dist.data.erased import read_manifest
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, grey_of, label_writer, read_png, read_scores, together
+from wsss_dist.stages.base import Stage, StageConfig, grey_of, label_writer, read_png, read_scores
 from wsss_dist.stages.pseudo_masks import picture
 from wsss_dist.stages.regions import read_regions
 from wsss_dist.stages.scores import IGNORE, score_labels
@@ -100,12 +99,10 @@ def run(stage: Stage) -> dict[str, Any]:
 def _say_undecided(stage: Stage) -> None:
     """Say how many images have a mask without a decided pixel: they train on their other terms."""
     for split, (dataset, rows) in stage.splits().items():
-
-        def own(split: str = split, dataset: Dataset = dataset, rows: np.ndarray = rows) -> int:
-            paths = [stage.output(split, dataset.id(int(r)), ".png") for r in rows[dist.rank() :: dist.world_size()]]
-            return sum(bool((read_channel(path, ("L", "P")) == IGNORE).all()) for path in paths)
-
-        if count := sum(together(own)):
+        with dist.shared(len(rows)) as mine:
+            paths = (stage.output(split, dataset.id(int(rows[k])), ".png") for k in mine)
+            own = sum(bool((read_channel(path, ("L", "P")) == IGNORE).all()) for path in paths)
+        if count := sum(dist.all_gather_object(own)):
             stage.say(f"{stage.name}, {split}: {count} of {len(rows)} images have no decided pixel")
 
 

@@ -33,7 +33,7 @@ from wsss_dist.data.erased import (
 )
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
-from wsss_dist.stages.base import Stage, StageConfig, output, together, views
+from wsss_dist.stages.base import Stage, StageConfig, output, views
 from wsss_dist.stages.scores import score_regions
 from wsss_dist.trained import config_of
 
@@ -136,14 +136,12 @@ def mean_colour(stage: Stage) -> list[float]:
     data = stage.config.data
     dataset, rows = stage.splits()[data.train_split]
 
-    def own() -> Tensor:
-        sums = torch.zeros(4, dtype=torch.int64)
-        for sample in build_inference_loader(dataset, data, rows[dist.rank() :: dist.world_size()]):
+    sums = torch.zeros(4, dtype=torch.int64)
+    with dist.shared(len(rows)) as mine:
+        for sample in build_inference_loader(dataset, data, (int(rows[k]) for k in mine)):
             sums[:3] += sample.image.sum((1, 2))
             sums[3] += sample.image[0].numel()
-        return sums
-
-    red, green, blue, pixels = sum(together(own)).tolist()
+    red, green, blue, pixels = dist.all_reduce_sum(sums).tolist()
     return [red / pixels, green / pixels, blue / pixels]
 
 

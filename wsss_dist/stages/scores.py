@@ -1,7 +1,9 @@
 """Scores of what a stage made, at the native size, on the splits that have masks.
 
-They are read from the files, so that a stage that was killed in the middle scores what an unbroken one scores. Integer
-counts alone travel between ranks. H W pixels of an image.
+They are read from the files, so that a stage that was killed in the middle scores what an unbroken one scores. The
+ranks share the images, whoever is free takes the next ones; integer counts alone travel between them.
+
+H W pixels of an image.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ def score_maps(
         split -> {kind: metrics with "threshold"}.
     """
     out = {}
-    for split, dataset, mine in _scored(stage):
+    for split, dataset, rows in _scored(stage):
         sweep = ThresholdSweep(len(dataset.class_names) + 1, THRESHOLDS)
-        for row in mine:
-            truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
-            scores = read(split, dataset.id(row), tuple(truth.shape), len(dataset.class_names))
-            if scores is None or not len(scores.classes):
-                sweep.update(torch.zeros(truth.shape, device=truth.device), torch.ones_like(truth), truth)
-            else:
-                value, best = scores.maps.max(0)
-                sweep.update(value, scores.classes[best] + 1, truth)
+        with dist.shared(len(rows)) as mine:
+            for row in (rows[k] for k in mine):
+                truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
+                scores = read(split, dataset.id(row), tuple(truth.shape), len(dataset.class_names))
+                if scores is None or not len(scores.classes):
+                    sweep.update(torch.zeros(truth.shape, device=truth.device), torch.ones_like(truth), truth)
+                else:
+                    value, best = scores.maps.max(0)
+                    sweep.update(value, scores.classes[best] + 1, truth)
         threshold, matrix = sweep.reduced().best(THRESHOLDS)
         out[split] = {kind: {**matrix.summary(), "threshold": threshold}}
     return out
@@ -64,17 +67,18 @@ def score_labels(
         split -> {kind: metrics with "ignored"}.
     """
     out = {}
-    for split, dataset, mine in _scored(stage):
+    for split, dataset, rows in _scored(stage):
         matrix = ConfusionMatrix((classes or len(dataset.class_names)) + 1)
         undecided = torch.zeros(2, dtype=torch.int64)
-        for row in mine:
-            truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
-            labels = read(split, dataset.id(row), tuple(truth.shape)).to(truth.device)
-            if classes == 1:
-                truth = torch.where(truth == IGNORE, IGNORE, (truth > 0).to(truth.dtype))
-            open_ = labels == IGNORE
-            undecided += torch.stack([(open_ & (truth != IGNORE)).sum(), (truth != IGNORE).sum()]).cpu()
-            matrix.update(labels.masked_fill(open_, 0), truth.masked_fill(open_, IGNORE))
+        with dist.shared(len(rows)) as mine:
+            for row in (rows[k] for k in mine):
+                truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
+                labels = read(split, dataset.id(row), tuple(truth.shape)).to(truth.device)
+                if classes == 1:
+                    truth = torch.where(truth == IGNORE, IGNORE, (truth > 0).to(truth.dtype))
+                open_ = labels == IGNORE
+                undecided += torch.stack([(open_ & (truth != IGNORE)).sum(), (truth != IGNORE).sum()]).cpu()
+                matrix.update(labels.masked_fill(open_, 0), truth.masked_fill(open_, IGNORE))
         left, total = dist.all_reduce_sum(undecided).tolist()
         out[split] = {kind: {**matrix.reduced().summary(), "ignored": left / total if total else None}}
     return out
@@ -93,22 +97,23 @@ def score_regions(
         claimed pixels those of the tag, of the tag's pixels those claimed, of all pixels those claimed by any tag.
     """
     out = {}
-    for split, dataset, mine in _scored(stage):
+    for split, dataset, rows in _scored(stage):
         matrix = ConfusionMatrix(len(dataset.class_names) + 1)
         counts = torch.zeros(5, dtype=torch.int64)  # hits, claimed, true pixels, claimed by any, all
-        for row in mine:
-            truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
-            classes, regions = read(split, dataset.id(row), tuple(truth.shape), len(dataset.class_names))
-            valid = truth != IGNORE
-            own = (truth == classes[:, None, None] + 1) & valid
-            regions = regions & valid
-            claims = regions.sum(0)
-            tagged = (truth > 0) & valid
-            sums = [(regions & own).sum(), regions.sum(), tagged.sum(), (claims > 0).sum(), valid.sum()]
-            counts += torch.stack(sums).cpu()
-            names = torch.cat([classes + 1, classes.new_zeros(1)])
-            first = torch.cat([regions, torch.ones_like(valid)[None]]).int().argmax(0)
-            matrix.update(torch.where(claims == 1, names[first], 0), truth)
+        with dist.shared(len(rows)) as mine:
+            for row in (rows[k] for k in mine):
+                truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
+                classes, regions = read(split, dataset.id(row), tuple(truth.shape), len(dataset.class_names))
+                valid = truth != IGNORE
+                own = (truth == classes[:, None, None] + 1) & valid
+                regions = regions & valid
+                claims = regions.sum(0)
+                tagged = (truth > 0) & valid
+                sums = [(regions & own).sum(), regions.sum(), tagged.sum(), (claims > 0).sum(), valid.sum()]
+                counts += torch.stack(sums).cpu()
+                names = torch.cat([classes + 1, classes.new_zeros(1)])
+                first = torch.cat([regions, torch.ones_like(valid)[None]]).int().argmax(0)
+                matrix.update(torch.where(claims == 1, names[first], 0), truth)
         hits, claimed, true, area, pixels = dist.all_reduce_sum(counts).tolist()
         out[split] = {
             "regions": {
@@ -122,10 +127,10 @@ def score_regions(
 
 
 def _scored(stage: Stage) -> list[tuple[str, Dataset, list[int]]]:
-    """Split, data set and this rank's images, of the splits with masks."""
+    """Split, data set and the positions of its images, of the splits with masks."""
     found = []
     for split, (dataset, rows) in stage.splits().items():
         if dataset.has_masks:
             dataset.open_masks()
-            found.append((split, dataset, [int(r) for r in rows[dist.rank() :: dist.world_size()]]))
+            found.append((split, dataset, rows.tolist()))
     return found

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveFloat
 
-from wsss_dist import dist
 from wsss_dist.cam import upsample
 from wsss_dist.crf import CRFConfig, crf_labels
-from wsss_dist.data.batch import Batch, EvalSample
+from wsss_dist.data.batch import EvalSample, batch_of
 from wsss_dist.errors import UserError
 from wsss_dist.methods.base import Views
 from wsss_dist.schema import ConfigPath
@@ -44,7 +43,7 @@ def run(stage: Stage) -> dict[str, Any]:
     @torch.no_grad()
     def work(sample: EvalSample, *_: Any):
         image = next(views(sample.image, [1.0]))[:1]
-        logits = method.predict(_batch(sample, image), multi_scale).logits
+        logits = method.predict(batch_of([sample], image), multi_scale).logits
         if logits is None:
             raise UserError(f"stage '{stage.name}': the network of '{cfg.network.name}' gives no segmentation")
         logits = upsample(logits.float(), tuple(sample.image.shape[-2:]))[0]
@@ -53,14 +52,3 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.make(".png", work)
     kind = ("seg_tags" if method.knows_tags else "seg") + ("" if cfg.crf is None else "_crf")
     return score_labels(stage, lambda *key: read_png(stage.folder, *key), kind)
-
-
-def _batch(sample: EvalSample, image: torch.Tensor) -> Batch:
-    device, size = dist.device(), image.shape[-2:]
-    return Batch(
-        images=image,
-        labels=sample.labels[None].to(device),
-        boxes=torch.tensor([[0, size[0], 0, size[1]]], device=device),
-        ids=[sample.id],
-        flipped=torch.zeros(1, dtype=torch.bool, device=device),
-    )

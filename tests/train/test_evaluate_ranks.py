@@ -1,0 +1,122 @@
+"""Evaluation on several ranks: the counts of one rank to the bit, slow ranks, images that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.ranks import run_ranks
+from tests.train.test_evaluate import Colours, ColourSet, config
+from wsss_dist import dist, evaluate
+from wsss_dist.data.decode import DamagedImage
+from wsss_dist.evaluate import evaluate_splits
+
+
+class Social(Colours):
+    """What it says of an image depends on the others in the batch: a result tells which images met."""
+
+    patch_size = 16
+
+    def predict(self, batch, views):
+        prediction = super().predict(batch, views)
+        others = 0.3 * batch.images.mean() + 0.1 * len(batch)
+        prediction.cam = torch.sigmoid(batch.images + others) * batch.labels[:, :, None, None]
+        prediction.logits[:, 0] += others
+        return prediction
+
+
+class SomeDamaged(ColourSet):
+    """Which images cannot be read is known to the readers alone, as of real files."""
+
+    damaged = ()
+
+    def image(self, i):
+        if i in self.damaged:
+            raise DamagedImage(f"c/{i}.jpg", "the file is empty")
+        return super().image(i)
+
+
+def _evaluate(folder, splits, workers=0, slow=None, pause=0.0, damaged=()):
+    """(result, images that this rank saw) of an evaluation on these ranks; split -> number of images."""
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of the loader; the tests' own is slow
+    sets = {split: SomeDamaged(n) for split, n in splits.items()}
+    for dataset in sets.values():
+        dataset.damaged = damaged
+    evaluate.build_dataset = lambda cfg, split: sets[split]
+    evaluate.check_eval_samples = lambda *args: None
+    method = Social(extras=True)
+    if dist.rank() == slow:
+        of_class = method.predict
+        method.predict = lambda *args: time.sleep(pause) or of_class(*args)
+    cfg = config(size=None, batch=4, num_images=5)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"num_workers": workers})})
+    result = evaluate_splits(method, cfg, list(splits), folder, 1)
+    return result, [name for _, ids, _ in method.seen for name in ids]
+
+
+SPLITS = {"val": 50, "short": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder and result of one rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    ((result, seen),) = run_ranks(1, folder, _evaluate, folder, SPLITS)
+    assert len(seen) == 52
+    assert result["val"]["seg"]["miou"] != result["val"]["seg_tags"]["miou"] > 0.2
+    return folder, result
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 2), (4, 0)])
+def test_any_number_of_ranks_gives_the_counts_of_one(ranks, workers, alone, tmp_path):
+    folder, result = alone
+    out = run_ranks(ranks, tmp_path, _evaluate, tmp_path / "run", SPLITS, workers)
+    assert [found for found, _ in out] == [result] * ranks, "every rank gets the result of one rank, to the bit"
+    every = [f"c/{i}" for n in SPLITS.values() for i in range(n)]
+    assert sorted(name for _, seen in out for name in seen) == sorted(every), "each image once"
+    one, other = (json.loads((f / "result.json").read_text())["splits"] for f in (folder, tmp_path / "run"))
+    for split in SPLITS:
+        assert one[split]["kinds"] == other[split]["kinds"] == json.loads(json.dumps(result[split]))
+        a, b = (sorted((f / "samples" / split).iterdir()) for f in (folder, tmp_path / "run"))
+        assert [f.name for f in a] == [f.name for f in b]
+        for left, right in zip(a, b, strict=True):
+            x, y = np.load(left), np.load(right)
+            assert all(np.array_equal(x[k], y[k]) for k in (*x.files, *y.files))
+
+
+def test_these_tests_would_notice_other_batches(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: ColourSet(SPLITS[split]))
+    other = evaluate_splits(Social(extras=True), config(size=None, batch=3), list(SPLITS), tmp_path, 1)
+    assert other != alone[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slow_rank_is_helped(workers, alone, tmp_path):
+    out = run_ranks(2, tmp_path, _evaluate, tmp_path / "run", SPLITS, workers, 1, 0.5)
+    assert [found for found, _ in out] == [alone[1]] * 2
+    fast, slow = (len(seen) for _, seen in out)
+    assert fast + slow == 52 and slow < 18, f"half of them are 26, the slow one took {slow}"
+
+
+def _with_blocks_of(sizes):
+    evaluate.build_dataset = lambda cfg, split: ColourSet()
+    evaluate_splits(Colours(), config(batch=sizes[dist.rank()]), ["val"], None, 1, final=False)
+
+
+def test_ranks_that_would_cut_other_blocks_are_told_apart(tmp_path):
+    for kind, message in run_ranks(2, tmp_path, _with_blocks_of, [3, 4], fails=True):
+        assert kind == "UserError" and "config 'eval.batch' is 4, on rank 0 3" in message
+
+
+def test_a_damaged_image_ends_every_rank_with_one_message(tmp_path):
+    """Each of the two is met by some rank; the first rank that met one names it, and the others take no more images."""
+    ends = run_ranks(3, tmp_path, _evaluate, tmp_path / "run", {"val": 22}, 0, None, 0.0, (5, 9), fails=True)
+    assert ends == [ends[0]] * 3
+    kind, message = ends[0]
+    assert kind == "UserError" and "cannot be read (the file is empty)" in message
+    assert any(f"image c/{i}.jpg of the evaluation split" in message for i in (5, 9))

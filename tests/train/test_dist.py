@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,36 +69,44 @@ def test_without_a_group_they_are_the_identity():
     assert torch.equal(grad, torch.full_like(x, 3.0))
 
 
-def _share(total: int, block: int, slow: int | None = None) -> list[int]:
+def _share(total: int, block: int, done: Path | None = None) -> list[int]:
+    """What this rank takes; with a file to count in, rank 0 keeps its first number until the others have done 30."""
     taken = []
     with dist.shared(total, block) as mine:
         for k in mine:
             taken.append(k)
-            time.sleep(0.1 if dist.rank() == slow else 0.001)
+            if done is not None and dist.rank() > 0:
+                with open(done, "ab") as file:
+                    file.write(b"x")
+            elif done is not None:
+                end = time.monotonic() + 50
+                while not (done.is_file() and done.stat().st_size >= 30):
+                    assert time.monotonic() < end, "the others did not take what rank 0 keeps waiting"
+                    time.sleep(0.01)
     return taken
 
 
-def _shares() -> list[list[int]]:
-    return [_share(23, 3), _share(2, 3), _share(0, 3), _share(40, 1, slow=0)]
+def _shares(done: Path) -> list[list[int]]:
+    return [_share(23, 3), _share(2, 3), _share(0, 3), _share(40, 1, done)]
 
 
 def test_every_number_is_handed_to_one_rank_and_a_slow_one_gets_fewer(tmp_path):
     assert _share(5, 2) == [0, 1, 2, 3, 4]
-    ranks = run_ranks(3, tmp_path, _shares)
+    ranks = run_ranks(3, tmp_path, _shares, tmp_path / "done")
     for total, parts in zip((23, 2, 0, 40), zip(*ranks, strict=True), strict=True):
         assert sorted(k for part in parts for k in part) == list(range(total))
         assert all(part == sorted(part) for part in parts)
     whole = [{k // 3 for k in part} for part, *_ in ranks]
     assert sum(map(len, whole)) == 8 == len(set.union(*whole)), "a block is not split"
-    assert 3 * len(ranks[0][3]) < min(len(ranks[1][3]), len(ranks[2][3]))
+    assert len(ranks[0][3]) <= 10
 
 
 def _share_and_fail(failing: dict[int, str]) -> tuple[list[str], int]:
     """Messages of two attempts, and how many numbers this rank took in the first one."""
     messages, taken = [], 0
-    for fails in (failing, {}):
+    for fails, total in ((failing, 100_000), ({}, 30)):
         try:
-            with dist.shared(3000, 1) as mine:
+            with dist.shared(total, 1) as mine:
                 for k in mine:
                     taken += bool(fails)
                     if k >= 20 and dist.rank() in fails:
@@ -112,4 +121,4 @@ def test_an_error_on_one_rank_is_one_message_on_all_and_ends_the_work(tmp_path):
     for failing in ({1: "one"}, {1: "one", 2: "two"}):
         ends = run_ranks(3, tmp_path, _share_and_fail, failing)
         assert [messages for messages, _ in ends] in ([["one"]] * 3, [["two"]] * 3)
-        assert sum(taken for _, taken in ends) < 1500, "the others go on although the work has failed"
+        assert sum(taken for _, taken in ends) < 50_000, "the others go on although the work has failed"

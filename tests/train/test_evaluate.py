@@ -1,4 +1,4 @@
-"""Evaluation with a method whose prediction is known in closed form: labels, kinds, sharding, files, clean-up."""
+"""Evaluation with a method whose prediction is known in closed form: labels, kinds, files, clean-up."""
 
 import json
 from collections import Counter

@@ -38,10 +38,10 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
     from wsss_dist import dist
     from wsss_dist.checkpoint import load_model_weights
     from wsss_dist.config import load_config
-    from wsss_dist.engine import autocast
     from wsss_dist.errors import UserError
     from wsss_dist.evaluate import evaluate_splits, open_splits
     from wsss_dist.methods import load_method
+    from wsss_dist.precision import autocast
     from wsss_dist.report import build_report, load_result, results_text
     from wsss_dist.trained import without_weights
     from wsss_dist.trainer import configure_kernels

@@ -23,7 +23,8 @@ ALLOWED = {
     "wsss_dist/ds_config.py": set(),
     "wsss_dist/buffers.py": {"wsss_dist.dist"},
     "wsss_dist/agreement.py": {"wsss_dist.dist"},
-    "wsss_dist/precision.py": {"wsss_dist.dist"},
+    "wsss_dist/precision.py": {"wsss_dist.dist", "wsss_dist.speed"},
+    "wsss_dist/speed.py": {"wsss_dist.models"},
     "wsss_dist/reshard.py": {"wsss_dist.dist"},
     "wsss_dist/engine.py": {
         "wsss_dist.buffers",
@@ -64,6 +65,7 @@ ALLOWED = {
         "wsss_dist.peers",
         "wsss_dist.methods",
         "wsss_dist.engine",
+        "wsss_dist.precision",
         "wsss_dist.config",
         "wsss_dist.data",
         "wsss_dist.dist",

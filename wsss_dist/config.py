@@ -48,6 +48,11 @@ class TrainConfig(StrictModel):
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: int = Field(0, ge=0, le=3)
+    # convolutional networks: weights and images with the channels last in memory, which most convolutions are faster on
+    channels_last: bool = False
+    # run every block of a ViT or a ResNet by torch.compile, in training steps; what comes after training
+    # runs them as they are written. The first step then takes some minutes; not with zero_stage 3
+    compile: bool = False
     # largest gradient norm; null: no clipping
     grad_clip: float | None = Field(None, gt=0)
     log_every: int = Field(10, gt=0)
@@ -260,6 +265,11 @@ def check(cfg: RunConfig) -> None:
         for key, used in (("train.zero_stage", train.zero_stage), ("deepspeed", cfg.deepspeed)):
             if used:
                 raise UserError(f"config: '{key}' is {used!r} but 'train.engine' is plain; set train.engine: deepspeed")
+    if train.compile and train.zero_stage == 3:
+        raise UserError(
+            "config: 'train.compile' is true and 'train.zero_stage' is 3, which fetches the weights of a layer as it "
+            "runs, in code that cannot be compiled; set train.zero_stage to 2 or less, or train.compile: false"
+        )
     if train.eval_every and not cfg.data.eval_splits:
         raise UserError(
             f"config: 'train.eval_every' is {train.eval_every} but 'data.eval_splits' is empty; name a split with masks"

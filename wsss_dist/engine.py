@@ -26,7 +26,7 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.ds_config import ds_config
 from wsss_dist.errors import TrainingError, UserError
 from wsss_dist.optim import build_optimizer, set_lr
-from wsss_dist.precision import Autocast, autocast
+from wsss_dist.precision import Autocast, inference
 from wsss_dist.reshard import deal
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Engine:
         # weights twice (ours and the engine's), and two moments of those that are trained
         self.checkpoint_bytes = sum(p.numel() * 4 * (4 if p.requires_grad else 2) for p in params)
         self.optimizer = build_optimizer(self.module, self.module.param_groups(), cfg.optim)
-        self.network = Autocast(self.module, cfg.train.precision == "bf16")
+        self.network = Autocast(self.module, cfg)
 
     def train_step(self, batches: list[Batch], step: int) -> dict[str, float]:
         """One optimiser step.
@@ -140,7 +140,7 @@ class Engine:
         self.module.eval()
         try:
             fill_buffers(self.module, shared)
-            with torch.no_grad(), autocast(self.cfg.train.precision == "bf16"):
+            with inference(self.cfg.train):
                 yield self.module
         finally:
             fill_buffers(self.module, own)
@@ -198,7 +198,7 @@ class PlainEngine(Engine):
         if dist.world_size() > 1:
             flat = dist.all_reduce_mean(torch.cat([p.grad.reshape(-1) for p in params]))
             for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
-                p.grad = grad.view_as(p)
+                p.grad.copy_(grad.view_as(p))  # which keeps its layout
         norm = nn.utils.clip_grad_norm_(params, self.cfg.train.grad_clip or math.inf)
         finite = finite and math.isfinite(norm)
         if finite:
@@ -283,7 +283,7 @@ class DeepSpeedEngine(Engine):
         fill_buffers(self._whole, dict(self.module.named_buffers()))
         self._whole.load_state_dict(self.weights(everywhere=True))
         try:
-            with torch.no_grad(), autocast(self.cfg.train.precision == "bf16"):
+            with inference(self.cfg.train):
                 yield self._whole.to(self.device).eval()
         finally:
             self._whole.cpu()

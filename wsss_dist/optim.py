@@ -83,7 +83,7 @@ def set_lr(groups: Iterable[dict], step: int, cfg: OptimConfig, total_steps: int
 
 
 def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over the groups of a method, the fused kernel on a GPU.
+    """The optimiser over the groups of a method, as one fused kernel.
 
     Args:
         method: the module that owns the parameters; frozen ones (requires_grad False) must not be in a group.
@@ -106,10 +106,21 @@ def build_optimizer(method: nn.Module, groups: list[dict], cfg: OptimConfig) -> 
             seen.add(id(p))
     if missing := [names[i] for i in trainable - seen]:
         raise ValueError(f"optim: trainable parameters in no group of param_groups(): {', '.join(sorted(missing))}")
-    fused = next(method.parameters()).is_cuda
     kept = [{"lr_mult": 1.0, **g, "params": list(g["params"])} for g in groups if len(g["params"])]
-    common = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": fused or None}
+    common = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
     if cfg.name == "sgd":
-        return torch.optim.SGD(kept, momentum=cfg.momentum, nesterov=cfg.nesterov, **common)
-    kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-    return kind(kept, betas=cfg.betas, eps=cfg.eps, **common)
+        optimizer = torch.optim.SGD(kept, momentum=cfg.momentum, nesterov=cfg.nesterov, **common)
+    else:
+        kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
+        optimizer = kind(kept, betas=cfg.betas, eps=cfg.eps, **common)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_the_weights)
+    return optimizer
+
+
+@torch.no_grad()
+def _lay_out_as_the_weights(optimizer: torch.optim.Optimizer) -> None:
+    """A loaded state may be of a run with another layout of its weights; a fused kernel goes through all in step."""
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == p.shape and value.stride() != p.stride():
+                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -33,6 +33,8 @@ from wsss_dist.trained import check_classes
 DONE, INTERRUPTED = 0, 75
 # keys of the method that say where something lies: a checkpoint holds the weights itself
 _PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.second.weights", "method.start")
+# keys of the method that change memory and time alone
+_HOW = ("method.backbone.recompute", "method.second.backbone.recompute")
 # keys that the meaning of a step number depends on
 _FIXED = ("train.steps", "train.global_batch", "run.seed")
 # keys of the data section that no training step depends on
@@ -285,7 +287,7 @@ def configure_kernels(settings: dict[str, str]) -> None:
 
 def _identity(cfg: RunConfig, classes: list[str]) -> dict[str, Any]:
     """What a checkpoint must share with the run: method and backbone, classes, form of the optimiser state."""
-    method = {k: v for k, v in flat("method", cfg.method.model_dump(mode="json")).items() if k not in _PLACES}
+    method = {k: v for k, v in flat("method", cfg.method.model_dump(mode="json")).items() if k not in (*_PLACES, *_HOW)}
     train = {f"train.{k}": getattr(cfg.train, k) for k in ("engine", "zero_stage", "precision")}
     return {"method.name": cfg.method_name, "data classes": classes, **method, **train}
 

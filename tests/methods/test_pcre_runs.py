@@ -7,6 +7,7 @@ import torch
 
 from tests.methods import pcre_runs
 from tests.train.ranks import run_ranks
+from tests.train.work import each
 from wsss_dist.config import load_config
 from wsss_dist.data.batch import Batch
 from wsss_dist.data.synthetic import write_synthetic_dataset
@@ -70,6 +71,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path):
     )[0]
     assert same and metrics == whole[0] and digest == whole[1]
     assert {"loss_seg", "loss_reg", "loss_cpe", "refine_inside"} <= set(metrics[0])
+
+
+RECOMPUTED = [{"engine": "plain"}, {"zero_stage": 1, "precision": "bf16"}, {"zero_stage": 3}]
+
+
+@pytest.mark.parametrize("train", [*RECOMPUTED, {"zero_stage": 3, "precision": "bf16"}])
+def test_recomputed_blocks_change_no_bit_of_a_run(train, tmp_path):
+    cases = []
+    for recompute in (False, True):
+        config = smallest(**train)
+        config["method"]["backbone"]["recompute"] = recompute
+        config["deepspeed"] = SPLIT if train.get("zero_stage") == 3 else {}
+        cases.append(config)
+    plain, again = run_ranks(1, tmp_path, each, pcre_runs.train, cases, 7, 10)[0]
+    assert plain == again
 
 
 def test_pcre_check_9_beta_changes_the_evaluation_and_leaves_training_bitwise_unchanged(tmp_path):

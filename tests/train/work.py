@@ -104,6 +104,26 @@ def interrupted(values: dict, root: Path, stop: int) -> tuple[list[float], str]:
     return losses + steps_of(second, start, second.cfg.train.steps), digest(second)
 
 
+def resumed_as(settings: tuple[dict, dict], root: Path) -> tuple[list[float], list[float], bool, bool]:
+    """A run of the first settings, gone on with under the second ones half way.
+
+    Returns:
+        its losses, those of the uninterrupted run, whether the saved weights are contiguous, and whether the moments
+        have the layout of their weights after it.
+    """
+    first, second = settings
+    steps, folder = first["train"]["steps"], root / str(first["train"])
+    engine = make_engine(first)
+    losses = steps_of(engine, 0, steps // 2)
+    saved = checkpoints(first, folder).save(engine, steps // 2)
+    contiguous = all(w.is_contiguous() for w in load_file(saved / "model.safetensors").values())
+    engine = make_engine(second)
+    checkpoints(second, folder).resume(engine)
+    losses += steps_of(engine, steps // 2, steps)
+    same = all(s["exp_avg"].stride() == p.stride() for p, s in engine.optimizer.state.items())
+    return losses, steps_of(make_engine(first), 0, steps), contiguous, same
+
+
 def train_until_error(values: dict) -> tuple[str, str, bool]:
     """Class and text of the error that ends a run, and whether the weights are those from before the failing step."""
     engine = make_engine(values)

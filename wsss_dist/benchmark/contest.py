@@ -27,11 +27,12 @@ from wsss_dist.benchmark.figures import OURS, PEER, figures, resident
 from wsss_dist.config import RunConfig, check_sizes, check_world
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.batch import Batch
-from wsss_dist.engine import Engine, autocast, build_engine
+from wsss_dist.engine import Engine, build_engine
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import BaseMethod
 from wsss_dist.peers import operators
+from wsss_dist.precision import autocast
 from wsss_dist.schema import StrictModel
 
 TOLERANCE = 1e-4  # of the peer's loss and gradient, relative: a pixel at a threshold may take another label

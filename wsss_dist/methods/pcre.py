@@ -275,10 +275,11 @@ class Method(BaseMethod):
         want_masks = self.crme is not None and progress >= self.cfg.cam.mix_from
         sums: dict[str, Tensor] = {}
         logits, single = {}, None
-        for scale in sorted({*cam_scales, *seg_scales}):
-            x = cams.upsample(images, cams.scaled_size(size, scale))
-            features = self._with_mirror(x, known if scale == 1.0 else None)
-            x = torch.cat([x, x.flip(-1)])
+        scales = sorted({*cam_scales, *seg_scales})
+        views = [cams.upsample(images, cams.scaled_size(size, scale)) for scale in scales]
+        views = [torch.cat([x, x.flip(-1)]) for x in views]
+        known_at = scales.index(1.0) if known is not None and 1.0 in scales else None
+        for scale, x, features in zip(scales, views, self._backbone(views, known, known_at), strict=True):
             fmap = features.as_map(features.patches)
             maps = {}
             if scale in seg_scales:
@@ -306,13 +307,10 @@ class Method(BaseMethod):
             single=single,
         )
 
-    def _with_mirror(self, x: Tensor, known: Features | None) -> Features:
-        """Features of x [B, 3, ., .] and of its mirror images, one batch."""
-        if known is None:
-            return self.backbone(torch.cat([x, x.flip(-1)]))
-        mirror = self.backbone(x.flip(-1))
-        both = (torch.cat([a.detach(), b]) for a, b in zip(known[:3], mirror[:3], strict=True))
-        return Features(*both, known.grid)
+    def _backbone(self, views: list[Tensor], known: Features | None, at: int | None) -> list[Features]:
+        """Features of images with their mirror images [2B, 3, ., .], in one call; those of the images of `at` known."""
+        found = self.backbone([x.chunk(2)[1] if i == at else x for i, x in enumerate(views)])
+        return found if at is None else [known.followed_by(f) if i == at else f for i, f in enumerate(found)]
 
     def _crme_masks(self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]) -> Tensor:
         """Masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc."""

@@ -27,9 +27,9 @@ class FeatureExtractor(nn.Module):
             self.body = ViT(cfg, num_class_tokens=0)
             self.dim, self.patch_size = self.body.dim, self.body.patch_size
             return
-        if cfg.frozen_blocks or cfg.token_cache:
+        if cfg.frozen_blocks or cfg.token_cache or cfg.recompute:
             raise UserError(
-                "config: 'method.backbone.frozen_blocks' and 'method.backbone.token_cache' are for ViTs, "
+                "config: 'method.backbone.frozen_blocks', 'token_cache' and 'recompute' are for ViTs here, "
                 f"not for {cfg.name!r}; remove them"
             )
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import norm_act
@@ -29,9 +30,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
-def recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """block(x), whose inner activations are not kept but computed again in the backward pass, with the same result."""
-    return checkpoint(block, x, use_reentrant=False, context_fn=_twice)
+def recomputed(block: Callable[..., Tensor], *args: Any) -> Tensor:
+    """block(*args), whose inner activations are not kept but computed again in the backward pass, with the same result.
+
+    Worth it with gradient only. Random numbers, autocast and the layers' hooks (ZeRO-3) are the same the second time.
+    """
+    return checkpoint(block, *args, use_reentrant=False, context_fn=_twice)
 
 
 def _twice() -> tuple[AbstractContextManager, AbstractContextManager]:

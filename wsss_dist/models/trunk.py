@@ -29,7 +29,7 @@ class TrunkConfig(StrictModel):
     output_stride: Literal[8, 16] = 8  # of convolutional ones; VGG-16 has 8
     norm: Literal["normal", "fix"] = "normal"  # fix: BatchNorm uses stored statistics, its scale and bias are frozen
     frozen_stages: int = Field(0, ge=0)  # so many of the five levels, or blocks of a ViT, are not trained
-    recompute: bool = False  # ResNets: activations inside blocks are computed again in the backward pass
+    recompute: bool = False  # ResNets and ViTs: activations inside blocks are computed again in the backward pass
 
 
 class Trunk(nn.Module):
@@ -52,8 +52,8 @@ class Trunk(nn.Module):
             self.body: nn.Module = LargeFov(cfg.name, cfg.weights)
             self.patch_size = STRIDE
         elif self.is_vit:
-            self._refuse(output_stride=TrunkConfig().output_stride, norm="normal", recompute=False)
-            same = {"name": cfg.name, "weights": cfg.weights, "last_block": "attention"}
+            self._refuse(output_stride=TrunkConfig().output_stride, norm="normal")
+            same = {"name": cfg.name, "weights": cfg.weights, "last_block": "attention", "recompute": cfg.recompute}
             vit = parse(BackboneConfig, {**same, "frozen_blocks": cfg.frozen_stages}, "method.backbone")
             self.body = ViT(vit, num_class_tokens=0)
             self.patch_size = self.body.patch_size

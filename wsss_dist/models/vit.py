@@ -1,6 +1,7 @@
 """A plain timm ViT as a weakly supervised segmenter sees it: class tokens that only read, patches that never see them.
 
-Letters: B batch, C class tokens, R register tokens, N = h*w patches, T = C + R + N, D width, k frozen blocks.
+Letters: B batch, C class tokens, R register tokens, N = h*w patches, T = C + R + N, D width, k frozen blocks. A pack
+[M, D] holds the tokens of several batches [B_i, T_i, D] one after the other, M = sum B_i T_i.
 Source: PCRE (CVPR 2025), architecture of the backbone; the value-only last block is that of dense CLIP.
 """
 
@@ -15,6 +16,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from wsss_dist.errors import UserError
+from wsss_dist.models.norms import recomputed
 from wsss_dist.models.pretrained import create_backbone, weights_note
 from wsss_dist.models.token_cache import TokenCache
 from wsss_dist.schema import ConfigPath, StrictModel
@@ -32,6 +34,8 @@ class BackboneConfig(StrictModel):
     frozen_blocks: int = Field(0, ge=0)  # first blocks (and the embedding) that keep their pretrained weights
     token_cache: ConfigPath | None = None  # folder that keeps the frozen blocks' tokens of each image it meets
     pos_antialias: bool = False  # antialias when the position table shrinks
+    # keep no activations inside the trained blocks but compute them again in the backward pass: less memory, more time
+    recompute: bool = False
 
     def check_views(self, data: object) -> None:
         """Refuse a token cache where no view of an image ever comes again.
@@ -63,6 +67,11 @@ class Features(NamedTuple):
     def as_map(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, D, h, w]."""
         return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    def followed_by(self, others: Features) -> Features:
+        """Of both batches, which have one grid, as one; without gradient."""
+        both = zip(self[:3], others[:3], strict=True)
+        return Features(*(torch.cat([a.detach(), b.detach()]) for a, b in both), self.grid)
 
 
 class ViT(nn.Module):
@@ -103,6 +112,7 @@ class ViT(nn.Module):
         self.num_class_tokens = num_class_tokens
         for name, value in zip(("class_tokens", "class_pos"), start, strict=True):  # [C, D] each
             self.register_parameter(name, nn.Parameter(value.repeat(num_class_tokens, 1)) if num_class_tokens else None)
+        self._block = _block
         self._freeze()
         self.cache: TokenCache | None = None
         self.open_cache()
@@ -125,30 +135,47 @@ class ViT(nn.Module):
             )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
-    def forward(self, images: Tensor) -> Features:
-        """Features of `images [B, 3, H, W]`, normalised, of any size of at least one patch."""
-        grid = self.grid_of(images.shape[-2:])
+    def forward(self, images: Tensor | list[Tensor]) -> Features | list[Features]:
+        """Features of `images [B, 3, H, W]`, normalised, of any size of at least one patch.
+
+        Of a list of such batches, each with its own size, a list: on a GPU in one pack, on a CPU, whose caches hold
+        less than that, one after the other (docs/LOG.md).
+        """
+        if isinstance(images, Tensor):
+            return self.packed([images])[0]
+        together = [images] if images[0].is_cuda else [[x] for x in images]
+        return [features for batches in together for features in self.packed(batches)]
+
+    def packed(self, batches: list[Tensor]) -> list[Features]:
+        """Features of batches [B_i, 3, H_i, W_i]: the result of one call each, in fewer and larger operations.
+
+        All tokens are one pack for the layers that treat a token by itself, and attention alone goes batch by batch.
+        """
+        grids = [self.grid_of(images.shape[-2:]) for images in batches]
         c = self.num_class_tokens
-        r = 0 if self.registers is None else self.registers.shape[1]
-        if self.cfg.frozen_blocks:
-            tokens = self._frozen_tokens(images, grid)
-            cls, x = tokens[:, :1], tokens[:, 1:]
-        else:
-            cls, x = None, self._embed(images, grid)
-        if c:
-            own = (self.class_tokens + self.class_pos).expand(len(images), -1, -1)
-            own = cls + own if self.cfg.frozen_blocks else self.norm_pre(own)
-            x = torch.cat([own, x], dim=1)
-        aux = x
+        first = c + (0 if self.registers is None else self.registers.shape[1])  # of the patches
+        starts = self._frozen_tokens(batches, grids) if self.cfg.frozen_blocks else map(self._embed, batches, grids)
+        x, shapes = _packed([self._with_class_tokens(tokens) for tokens in starts])
+        aux, keep_nothing = x, self.cfg.recompute and torch.is_grad_enabled()
         for i in range(self.cfg.frozen_blocks, self.depth):
             value_only = i == self.depth - 1 and self.cfg.last_block == "value_only"
-            x = _block(self.blocks[i], x, c, value_only)
+            of_block = self.blocks[i], x, shapes, c, value_only
+            x = recomputed(self._block, *of_block) if keep_nothing else self._block(*of_block)
             if i + 1 == self.aux_block:
                 aux = x
         if self.cfg.aux_norm:
             aux = F.layer_norm(aux, (self.dim,))
-        x = self.norm(x)
-        return Features(x[:, :c], x[:, c + r :], aux[:, c + r :], grid)
+        both = zip(_unpacked(self.norm(x), shapes), _unpacked(aux, shapes), grids, strict=True)
+        return [Features(x[:, :c], x[:, first:], aux[:, first:], grid) for x, aux, grid in both]
+
+    def _with_class_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens of a batch behind its class tokens; frozen ones begin with [CLS], which these branch off."""
+        frozen = self.cfg.frozen_blocks > 0
+        cls, x = (tokens[:, :1], tokens[:, 1:]) if frozen else (None, tokens)
+        if not self.num_class_tokens:
+            return x
+        own = (self.class_tokens + self.class_pos).expand(len(x), -1, -1)
+        return torch.cat([cls + own if frozen else self.norm_pre(own), x], dim=1)
 
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Registers and patches with positions, [B, R + N, D]."""
@@ -159,21 +186,28 @@ class ViT(nn.Module):
             x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
         return self.norm_pre(x)
 
-    def _frozen_tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[CLS], registers and patches behind the frozen blocks, [B, 1 + R + N, D], without gradient."""
+    def _frozen_tokens(self, batches: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+        """[CLS], registers and patches behind the frozen blocks, [B, 1 + R + N, D] each, without gradient."""
         if self.cache is None:
-            return self._run_frozen(images, grid)
+            return self._run_frozen(batches, grids)
         # one image at a time: what is stored then does not depend on which images shared a batch
-        rows = [self.cache.get(x, lambda x=x: self._run_frozen(x[None], grid)[0]) for x in images]
-        return torch.stack(rows).to(images)
+        rows = (
+            [self.cache.get(x, lambda x=x, grid=grid: self._run_frozen([x[None]], [grid])[0][0]) for x in images]
+            for images, grid in zip(batches, grids, strict=True)
+        )
+        return [torch.stack(row).to(images) for row, images in zip(rows, batches, strict=True)]
 
     @torch.no_grad()
-    def _run_frozen(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        cls = self.norm_pre(self.cls_token).expand(len(images), -1, -1)
-        x = torch.cat([cls, self._embed(images, grid)], dim=1)
+    def _run_frozen(self, batches: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+        cls, starts = self.norm_pre(self.cls_token), map(self._embed, batches, grids)
+        x, shapes = _packed([torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1) for tokens in starts])
         for block in self.blocks[: self.cfg.frozen_blocks]:
-            x = _block(block, x, 1, value_only=False)
-        return x
+            x = self._block(block, x, shapes, 1, False)
+        return _unpacked(x, shapes)
+
+    def compile_blocks(self, **options: object) -> None:
+        """From now on let torch.compile, with these options, run each block; all blocks share what it makes."""
+        self._block = torch.compile(_block, **options)
 
     def _freeze(self) -> None:
         k = self.cfg.frozen_blocks
@@ -202,16 +236,34 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
     return maps.flatten(2).transpose(1, 2).to(table.dtype)
 
 
-def _block(block: nn.Module, x: Tensor, readers: int, value_only: bool) -> Tensor:
-    """One transformer block on x [B, T, D]; the first `readers` tokens read but are never read."""
+def _packed(batches: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Tokens [B_i, T_i, D] -> a pack [M, D] and what `_unpacked` needs, (B_i, T_i) of each."""
+    flat = [tokens.flatten(0, 1) for tokens in batches]
+    return torch.cat(flat) if len(flat) > 1 else flat[0], [(x.shape[0], x.shape[1]) for x in batches]
+
+
+def _unpacked(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """A pack [M, ...] -> the batches [B_i, T_i, ...] in it."""
+    return [part.unflatten(0, shape) for part, shape in zip(x.split([b * t for b, t in shapes]), shapes, strict=True)]
+
+
+def _block(block: nn.Module, x: Tensor, shapes: list[tuple[int, int]], readers: int, value_only: bool) -> Tensor:
+    """One transformer block on a pack [M, D]; the first `readers` tokens of an image read but are never read."""
     attn = block.attn
-    q, k, v = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = attn.qkv(block.norm1(x)).unflatten(1, (3, attn.num_heads, -1)).unbind(1)
     if value_only:
         out = v
     else:
-        out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k)[:, :, readers:], v[:, :, readers:])
-    x = x + block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        parts = zip(*(_unpacked(part, shapes) for part in (q, k, v)), strict=True)
+        out, _ = _packed([_attention(*(p.transpose(1, 2) for p in part), readers).transpose(1, 2) for part in parts])
+    x = x + block.ls1(attn.proj(out.flatten(1)))
     return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, readers: int) -> Tensor:
+    """Of heads [B, heads, T, d] each."""
+    return F.scaled_dot_product_attention(q, k[:, :, readers:], v[:, :, readers:])
 
 
 def _create_plain_vit(cfg: BackboneConfig) -> nn.Module:

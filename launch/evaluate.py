@@ -30,7 +30,10 @@ def _evaluate() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as eval.beta=0.4")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
     args = parser.parse_args()
-    evaluate(args.run, args.split, args.set)
+    from wsss_dist.data.problems import noted
+
+    with noted(args.run):
+        evaluate(args.run, args.split, args.set)
     return 0
 
 

@@ -34,13 +34,27 @@ def _prepare(arguments: list[str] | None) -> int:
         prepare_weights(args.weights_out, args.cache, say=_say)
     if args.command in ("coco", "voc", "folder"):
         _prepare_official(args)
+    if args.command == "verify":
+        from wsss_dist.data.prepare.verify import verify
+
+        verify(args.folder, args.report, args.workers, _console("verified", "files"))
+    if args.command == "check":
+        from wsss_dist.data.prepare.check import check
+
+        check(args.source, args.split, args.classes, args.report, args.workers, _console("checked", "images"))
     return 0
 
 
-def _prepare_official(args) -> None:
-    from wsss_dist.data.prepare.inputs import Console, Options
+def _console(done: str, things: str):
+    from wsss_dist.data.prepare.inputs import Console
 
-    console = Console(_say, partial(_track, "checked", "images"))
+    return Console(_say, partial(_track, done, things))
+
+
+def _prepare_official(args) -> None:
+    from wsss_dist.data.prepare.inputs import Options
+
+    console = _console("checked", "images")
     if args.command == "folder":
         from wsss_dist.data.prepare.folder import check_folder
 
@@ -88,6 +102,7 @@ def _parser() -> Parser:
     for command in (scenes, weights, both):
         command.add_argument("--cache", type=Path, default=default_cache(), help="folder of the downloads")
     _add_shards(commands)
+    _add_checks(commands)
     return parser
 
 
@@ -113,6 +128,20 @@ def _add_official(commands) -> None:
             default="stop",
             help="where files cannot be used: make no lists, or leave them out (default: stop)",
         )
+
+
+def _add_checks(commands) -> None:
+    verify = commands.add_parser("verify", help="compare the SHA-256 of every file of a prepared folder, or of shards")
+    verify.add_argument("folder", type=Path, help="folder with a manifest.json, or with shards")
+    check = commands.add_parser("check", help="decode what the loader reads of a data set, with or without a manifest")
+    check.add_argument(
+        "--from", dest="source", required=True, metavar="FORMAT:FOLDER", help="coco:, voc:, folder: or shards:"
+    )
+    check.add_argument("--split", required=True, nargs="+", help="names of the splits")
+    check.add_argument("--classes", type=Path, help="file with one class name per line, in the order of the ids")
+    for command, table in ((verify, "verify.csv"), (check, "check.csv")):
+        command.add_argument("--report", type=Path, help=f"table to write (default: {table} in the folder)")
+        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one alone")
 
 
 def _say(line: str) -> None:

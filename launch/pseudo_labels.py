@@ -34,6 +34,7 @@ def _make() -> int:
 
     from wsss_dist import dist
     from wsss_dist.config import load_config
+    from wsss_dist.data.problems import noted
     from wsss_dist.errors import UserError
     from wsss_dist.pseudo_labels import make_pseudo_labels
     from wsss_dist.trainer import configure_kernels
@@ -48,7 +49,8 @@ def _make() -> int:
     configure_kernels(cfg.kernels)
     out = args.out or args.run / "pseudo_labels" / args.kind
     say = print if dist.is_main() else lambda line: None
-    made = make_pseudo_labels(cfg, args.run, out, args.kind, args.split or [cfg.data.train_split], say)
+    with noted(args.run):
+        made = make_pseudo_labels(cfg, args.run, out, args.kind, args.split or [cfg.data.train_split], say)
     for split, scores in made.scores.items():
         say(f"{split}: {args.kind} mIoU {100 * scores['miou']:.1f} % of {made.images[split]} images")
     say(

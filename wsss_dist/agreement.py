@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "opencv-python", "pydantic", "safetensors")
 # last parts of the keys that say where something lies or how it is read: a node may have its own copy and cores
-_PLACES = ("root", "dir", "weights", "token_cache", "start", "num_workers", "gb")
+_PLACES = ("root", "dir", "leave_out", "weights", "token_cache", "start", "num_workers", "gb")
 # a network file system may show a new file late
 _SEEN_WITHIN_S = 60
 

@@ -31,6 +31,7 @@ from wsss_dist.agreement import check_same, check_shared, facts_of_config
 from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
+from wsss_dist.data.problems import noted
 from wsss_dist.errors import UserError
 from wsss_dist.files import write_whole
 from wsss_dist.pipeline_report import build_pipeline_report, scores_text
@@ -193,7 +194,8 @@ class Pipeline:
         if entry.kind != "train":
             dist.init(STAGE_TIMEOUT_S)
             configure_kernels(self.kernels)
-            return DONE, load_kind(entry.kind).run(Stage(entry.name, entry.folder, entry.config, _say))
+            with noted(entry.folder):
+                return DONE, load_kind(entry.kind).run(Stage(entry.name, entry.folder, entry.config, _say))
         status = Trainer(entry.config).train()
         if status != DONE or dist.on_main(lambda: _steps_done(entry.folder)) < entry.config.train.steps:
             return status, None  # stopped, with a checkpoint to go on from

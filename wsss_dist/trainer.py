@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from wsss_dist.checkpoint import Checkpoints, RunLock
 from wsss_dist.config import RunConfig, check_sizes, check_world
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.batch import Batch
+from wsss_dist.data.problems import REPLACED, TABLE, add_problems, noted, start_problems
 from wsss_dist.engine import build_engine
 from wsss_dist.errors import UserError
 from wsss_dist.evaluate import evaluate_splits, open_splits
@@ -112,12 +114,15 @@ class Trainer:
         dist.on_main(self._open_run_dir)
         try:
             check_shared(self.run_dir)
-            with self._signals():
+            with self._signals(), noted(self.run_dir):
                 self.checkpoints.check_space(self.engine)
+                if self.dataset.unusable:
+                    names = f"{self.dataset.unusable} images of '{self.dataset.name}'"
+                    self.log.message(f"{names} are left out: {self.cfg.data.leave_out} names them")
                 if self.dataset.left_out:
                     self.log.message(f"{self.dataset.left_out} images of '{self.dataset.name}' have no tag: left out")
                 start = self._resume()
-                dist.on_main(self._describe)  # now that the checkpoint fits what is asked for
+                dist.on_main(partial(self._describe, start))  # now that the checkpoint fits what is asked for
                 return self._run(start)
         finally:
             self.log.close()
@@ -208,14 +213,19 @@ class Trainer:
         new = sorted({d for b in batches for d in b.damaged if d[0] not in self._damaged})
         signalled, num_new = dist.all_reduce_sum(torch.tensor([self._signal is not None, len(new)]).long()).tolist()
         if num_new:
+            rows = []
             for path, reason in (d for found in dist.all_gather_object(new) for d in found):
                 if path not in self._damaged:
                     self._damaged.add(path)
                     self.log.message(f"damaged image replaced by another: {path} ({reason})")
+                    rows.append((path, "error", reason, REPLACED))
+            if dist.is_main():
+                add_problems(self.run_dir / TABLE, rows)
             if len(self._damaged) > self.cfg.data.max_damaged:
                 raise UserError(
                     f"data: {len(self._damaged)} images cannot be read, the last is {path} ({reason}); "
-                    f"'data.max_damaged' is {self.cfg.data.max_damaged}: repair the files or raise the limit"
+                    f"'data.max_damaged' is {self.cfg.data.max_damaged}: repair the files or raise the limit; "
+                    f"{self.run_dir / TABLE} names them"
                 )
         return signalled > 0
 
@@ -234,8 +244,9 @@ class Trainer:
                 "give the run another run.name, or delete the folder"
             )
 
-    def _describe(self) -> None:
-        """On rank 0, before step 0: write down what is run and on what."""
+    def _describe(self, start: int) -> None:
+        """On rank 0, before the first step of this start: write down what is run and on what."""
+        start_problems(self.run_dir / TABLE, keep=start > 0)
         (self.run_dir / "config.yaml").write_text(self.cfg.to_yaml())
         (self.run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
 

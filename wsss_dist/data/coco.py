@@ -22,13 +22,15 @@ import numpy as np
 
 from wsss_dist.data.coco_masks import draw_mask
 from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
-from wsss_dist.errors import UserError
+from wsss_dist.data.decode import MAX_PIXELS
+from wsss_dist.data.problems import LeftOut
+from wsss_dist.errors import BadFile, UserError
 
 
 class CocoDataset(Dataset):
     """One split. Reads tags only; segmentations are read again, and kept, when a mask is first asked for."""
 
-    def __init__(self, root: Path, split: str, classes: list[str] | None) -> None:
+    def __init__(self, root: Path, split: str, classes: list[str] | None, left_out: LeftOut | None = None) -> None:
         existing_root(root)
         self._file = _annotation_file(root, split)
         content = _load(self._file)
@@ -41,7 +43,7 @@ class CocoDataset(Dataset):
         files = [str(image["file_name"]) for image in images]
         shared = _folder_name(content["folder"], self._file) if "folder" in content else split
         folder = _image_folder(root, shared)
-        check_images(folder, files, self._file)
+        check_images(folder, files, self._file, left_out)
         tags = _tags(content, names, self._class_of, self._file)
         self._has_segments = any("segmentation" in a for a in content["annotations"])
         self._mask_folder = root / "masks" / shared
@@ -123,20 +125,30 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data: {path} is not readable JSON ({error}); download or write it again") from None
+        what = f"is not readable JSON ({error})"
+        raise BadFile(path, what, f"data: {path} {what}; download or write it again") from None
+    wrong: list[tuple[str, str]] = []  # what, what was expected
     for key, fields in _NEEDED.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise UserError(
-                f"data: {path} has no list '{key}'; expected COCO JSON with {', '.join(_NEEDED)}: correct it"
-            )
+            what = f"has no list '{key}'"
+            raise BadFile(path, what, f"data: {path} {what}; expected COCO JSON with {', '.join(_NEEDED)}: correct it")
         for k, entry in enumerate(entries):
             for name, kinds in fields.items():
-                if not isinstance(entry, dict) or not isinstance(entry.get(name), kinds):
-                    found = entry.get(name) if isinstance(entry, dict) else entry
-                    raise UserError(
-                        f"data: {path}: '{name}' of {key}[{k}] is {found!r}; expected {_KIND[kinds]}: correct the entry"
-                    )
+                found = entry.get(name) if isinstance(entry, dict) else entry
+                fits = isinstance(entry, dict) and isinstance(found, kinds)
+                if not fits or (kinds == (int,) and abs(found) >= 2**63):
+                    wrong.append((f"'{name}' of {key}[{k}] is {repr(found):.80}", _KIND[kinds]))
+        if key == "images" and not wrong:
+            for k, entry in enumerate(entries):
+                # a mask is drawn in this size: no larger than a picture may be
+                if min(entry["height"], entry["width"]) < 1 or entry["height"] * entry["width"] > MAX_PIXELS:
+                    found = f"images[{k}] is {entry['height']:.6g} x {entry['width']:.6g} pixels"
+                    wrong.append((found, f"1 to {MAX_PIXELS:,} of them"))
+    if wrong:
+        what, kind = wrong[0]
+        rows = [(str(path), each) for each, _ in wrong]
+        raise BadFile(path, what, f"data: {path}: {what}; expected {kind}: correct the entry", rows)
     return content
 
 
@@ -146,7 +158,8 @@ def _check_categories(categories: list[dict], classes: list[str] | None, path: P
     check_distinct([c["name"] for c in categories], "category names", path)
     names = {c["id"]: str(c["name"]) for c in categories}
     if not 1 <= len(names) <= 254:
-        raise UserError(f"data: {path} has {len(names)} categories; expected 1 to 254 (255 means ignore in a mask)")
+        what = f"has {len(names)} categories"
+        raise BadFile(path, what, f"data: {path} {what}; expected 1 to 254 (255 means ignore in a mask)")
     found = [names[raw] for raw in sorted(names)]
     if classes is not None and classes != found:
         unknown = [name for name in classes if name not in found]
@@ -164,38 +177,44 @@ def _tags(content: dict, names: dict[int, str], class_of: dict[int, int], path: 
     """Tags [n, C] uint8, from the images' `labels` or from the annotations' categories."""
     images = content["images"]
     tags = np.zeros((len(images), len(names)), np.uint8)
+    wrong: list[BadFile] = []
     if any("labels" in image for image in images):
         by_name = {names[raw]: c for raw, c in class_of.items()}
         for row, image in zip(tags, images, strict=True):
             if not isinstance(image.get("labels"), list):
-                raise UserError(
-                    f"data: {path}: image {image['file_name']} has no list 'labels', though others have one; "
-                    "give every image one, empty where it has no tag"
-                )
+                what = f"image {image['file_name']} has no list 'labels', though others have one"
+                message = f"data: {path}: {what}; give every image one, empty where it has no tag"
+                wrong.append(BadFile(path, what, message))
+                continue
             for label in image["labels"]:
                 known = by_name if isinstance(label, str) else class_of
-                row[_class_index(label, known, image["file_name"], path)] = 1
-        return tags
-    row_of = {image["id"]: k for k, image in enumerate(images)}
-    homeless = [a["image_id"] for a in content["annotations"] if a["image_id"] not in row_of]
-    if homeless:
-        raise UserError(
-            f"data: {path} has {len(homeless)} annotations of images it does not list (first: image ids "
-            f"{homeless[:3]}); expected every 'image_id' under 'images': remove them, or use the matching file"
-        )
-    for annotation in content["annotations"]:
-        k = row_of[annotation["image_id"]]
-        tags[k, _class_index(annotation["category_id"], class_of, images[k]["file_name"], path)] = 1
+                _set_tag(row, label, known, image["file_name"], path, wrong)
+    else:
+        row_of = {image["id"]: k for k, image in enumerate(images)}
+        homeless = [a["image_id"] for a in content["annotations"] if a["image_id"] not in row_of]
+        if homeless:
+            what = f"has {len(homeless)} annotations of images it does not list"
+            message = (
+                f"data: {path} {what} (first: image ids {homeless[:3]}); expected every 'image_id' under 'images': "
+                "remove them, or use the matching file"
+            )
+            rows = [(str(path), f"an annotation is of image {image}, which is not listed") for image in homeless]
+            raise BadFile(path, what, message, rows)
+        for annotation in content["annotations"]:
+            k = row_of[annotation["image_id"]]
+            _set_tag(tags[k], annotation["category_id"], class_of, images[k]["file_name"], path, wrong)
+    if wrong:
+        raise BadFile(path, wrong[0].reason, str(wrong[0]), [(e.path, e.reason) for e in wrong])
     return tags
 
 
-def _class_index(label: Any, known: dict, image: str, path: Path) -> int:
+def _set_tag(row: np.ndarray, label: Any, known: dict, image: str, path: Path, wrong: list[BadFile]) -> None:
+    """Set the tag `label` of an image; one that is not `known` goes to `wrong`."""
     try:
-        return known[label]
+        row[known[label]] = 1
     except (KeyError, TypeError):
         kind = "class name" if isinstance(label, str) else "class id"
-        raise UserError(
-            f"data: {path}: image {image} has the unknown {kind} {label!r}; expected one of "
-            f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}: correct the entry, or "
-            "add the class to 'categories'"
-        ) from None
+        what = f"image {image} has the unknown {kind} {label!r}"
+        classes = f"{', '.join(str(k) for k in list(known)[:20])}{', ...' if len(known) > 20 else ''}"
+        fix = "correct the entry, or add the class to 'categories'"
+        wrong.append(BadFile(path, what, f"data: {path}: {what}; expected one of {classes}: {fix}"))

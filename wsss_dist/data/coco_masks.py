@@ -51,7 +51,8 @@ def _region(annotation: dict, height: int, width: int, where: Path, name: str) -
     try:
         if isinstance(shape, list):
             # fewer than three corners enclose nothing
-            polygons = [coco_mask.frPyObjects([p], height, width)[0] for p in shape if len(p) >= 6]
+            corners = [_corners(p, height, width) for p in shape if len(p) >= 6]
+            polygons = [coco_mask.frPyObjects([p], height, width)[0] for p in corners]
             if not polygons:
                 return np.zeros((height, width), bool)
             return coco_mask.decode(coco_mask.merge(polygons)).astype(bool)
@@ -60,11 +61,11 @@ def _region(annotation: dict, height: int, width: int, where: Path, name: str) -
                 f"data: {where}: a mask of {name} is {shape['size']} (height, width), the image {[height, width]}; "
                 "expected the same size: write the annotation again"
             )
-        if not isinstance(shape["counts"], list):
-            return coco_mask.decode(shape).astype(bool)
-        if sum(shape["counts"]) != height * width or min(shape["counts"]) < 0:
-            raise ValueError(f"its counts add up to {sum(shape['counts'])}, not to {height} x {width}")
-        return coco_mask.decode(coco_mask.frPyObjects(shape, height, width)).astype(bool)
+        counts = shape["counts"] if isinstance(shape["counts"], list) else _runs(shape["counts"])
+        if sum(counts) != height * width or min(counts) < 0 or not all(type(n) is int for n in counts):
+            raise ValueError(f"its counts add up to {sum(counts)}, not to {height} x {width}")
+        rle = {"size": [height, width], "counts": counts}
+        return coco_mask.decode(coco_mask.frPyObjects(rle, height, width)).astype(bool)
     except UserError:
         raise
     except Exception as error:  # pycocotools raises many kinds on a malformed outline
@@ -72,3 +73,35 @@ def _region(annotation: dict, height: int, width: int, where: Path, name: str) -
             f"data: {where}: the 'segmentation' of an annotation of {name} is no polygon and no RLE ({error}); "
             "write the annotation again"
         ) from None
+
+
+# pycocotools does not check polygons: one with a corner far off ends the process, or takes all the memory there is
+
+
+def _corners(polygon: list, height: int, width: int) -> list[float]:
+    """The coordinates of a polygon. Raises ValueError where they are no numbers, or far from the image."""
+    most = 4 * max(height, width)
+    if not all(isinstance(x, int | float) and abs(x) <= most for x in polygon):
+        raise ValueError(f"a corner lies further off than {most} pixels, or is no number")
+    return polygon
+
+
+def _runs(text: str | bytes) -> list[int]:
+    """The run lengths of a compressed RLE: groups of five bits, lowest first, from the third run on as differences."""
+    counts: list[int] = []
+    value = bits = 0
+    for letter in text.encode("latin-1") if isinstance(text, str) else text:
+        group = letter - 48
+        if not 0 <= group < 64 or bits > 30:
+            raise ValueError(f"its counts hold the byte {letter}")
+        value |= (group & 31) << bits
+        bits += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << bits
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = bits = 0
+    if bits:
+        raise ValueError("its counts end in the middle")
+    return counts

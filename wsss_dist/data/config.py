@@ -91,8 +91,10 @@ class DataConfig(StrictModel):
     # of format "shards" alone: keep the shards that are read on this node's disk; null: read them where they lie
     cache: ShardCacheConfig | None = None
     num_workers: int = Field(2, ge=0, le=256)
-    # a run stops when more files than this were unreadable
+    # a training stops when more files than this were unreadable, else other images take their places
     max_damaged: int = Field(10, ge=0)
+    # a problems.csv: the files that it calls errors are left out of every split (of a mask: of the eval_splits)
+    leave_out: ConfigPath | None = None
     # train on this many images of the training split, evenly strided; None: on all
     train_limit: int | None = Field(None, ge=1)
     # evaluate on this many images of a split, evenly strided; None: on all

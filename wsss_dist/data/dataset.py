@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from wsss_dist.data.decode import read_image, read_mask
-from wsss_dist.errors import UserError
+from wsss_dist.data.problems import LeftOut
+from wsss_dist.errors import BadFile, UserError
 
 
 class Dataset:
@@ -18,6 +19,7 @@ class Dataset:
     class_names  the C foreground classes; class c has id c + 1 in a mask.
     root         folder that the image paths are relative to.
     left_out     how many images without a tag were taken out.
+    unusable     how many images data.leave_out took out.
     files        [n] array of str, image paths relative to `root`.
     tags         [n, C] uint8, 1 where the image carries the tag.
 
@@ -28,6 +30,7 @@ class Dataset:
         assert tags.shape == (len(files), len(class_names)) and tags.dtype == np.uint8
         self.name = name
         self.left_out = 0  # images without a tag that `drop_untagged` took away
+        self.unusable = 0
         self.class_names = list(class_names)
         self.root = root
         self.files = np.array(files, dtype=np.str_)
@@ -69,6 +72,23 @@ class Dataset:
             )
         self.left_out = len(self) - len(rows)
         self._select(rows)
+
+    def leave_out(self, left_out: LeftOut, masks: bool) -> None:
+        """Leave out the images that `left_out` names; with `masks` those, too, whose mask it names."""
+        named = np.array([self._is_named(i, left_out, masks) for i in range(len(self))], bool)
+        self.unusable += int(named.sum())
+        if named.all():
+            raise UserError(
+                f"data: data.leave_out names all {self.unusable} images of '{self.name}'; repair the files and make "
+                "the table again, or take another split"
+            )
+        self._select(np.flatnonzero(~named))
+
+    def _is_named(self, i: int, left_out: LeftOut, masks: bool) -> bool:
+        if self.path(i) in left_out:
+            return True
+        mask = self.mask_file(i) if masks else None
+        return mask is not None and mask in left_out
 
     def keep_strided(self, limit: int | None) -> None:
         """Leave out all but `limit` evenly strided images; None keeps all."""
@@ -115,10 +135,11 @@ def checked_mask(path: Path, num_classes: int) -> np.ndarray:
         UserError: it is missing, not a single-channel picture, or holds another id.
     """
     if not path.is_file():
-        raise UserError(
-            f"data: mask {path} is missing; expected one PNG of class ids per image of an evaluation split: "
-            "add it, or take the split out of data.eval_splits"
+        message = (
+            f"data: mask {path} is missing; expected one PNG of class ids per image of an evaluation split: add it, or "
+            "take the split out of data.eval_splits"
         )
+        raise BadFile(path, "the file is missing", message)
     return checked_ids(read_mask(path), path, num_classes)
 
 
@@ -127,10 +148,12 @@ def checked_ids(mask: np.ndarray, path: Path | str, num_classes: int) -> np.ndar
     counts = np.bincount(mask.reshape(-1), minlength=256)
     wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
     if len(wrong):
-        raise UserError(
-            f"data: mask {path} holds the ids {wrong[:5].tolist()}; expected 0 (background), 1..{num_classes} "
-            "(the classes) and 255 (ignore): convert the mask, or correct data.classes"
+        what = f"holds the ids {wrong[:5].tolist()}"
+        message = (
+            f"data: mask {path} {what}; expected 0 (background), 1..{num_classes} (the classes) and 255 (ignore): "
+            "convert the mask, or correct data.classes"
         )
+        raise BadFile(path, what, message)
     return mask
 
 
@@ -144,20 +167,30 @@ def existing_root(root: Path) -> Path:
     return root
 
 
-def check_images(folder: Path, files: list[str], where: Path) -> None:
-    """Hold that each of `files` lies in `folder`; `where` is the list that names them.
+def check_images(folder: Path, files: list[str], where: Path, left_out: LeftOut | None = None) -> None:
+    """Hold that each of `files` lies in `folder`, but for those left out; `where` is the list that names them.
 
     Raises:
-        UserError: with how many are missing and the first three, or that there is none.
+        BadFile: with how many are missing and the first three, or that there is none.
     """
     if not files:
-        raise UserError(f"data: {where} lists no image; expected at least one: add images, or name another split")
+        what = "lists no image"
+        raise BadFile(where, what, f"data: {where} {what}; expected at least one: add images, or name another split")
+    # an image's id is its name, and later stages write files under it
+    outside = [name for name in files if name.startswith("/") or ".." in name.split("/") or "\0" in name]
+    if outside:
+        what = f"holds {len(outside)} images whose names lead out of {folder}"
+        rows = [(str(where), f"the image {name!r} leads out of the folder") for name in outside]
+        message = f"data: {where} {what} (first: {outside[0]!r}); expected names as 'a.jpg' or 'b/a.jpg': correct them"
+        raise BadFile(where, what, message, rows)
     missing = missing_files(folder, files)
+    if left_out:
+        missing = [name for name in missing if folder / name not in left_out]
     if missing:
-        raise UserError(
-            f"data: {where} names {len(missing)} of {len(files)} images that are not in {folder} "
-            f"(first: {', '.join(missing[:3])}); copy them there, or correct data.root"
-        )
+        what = f"names {len(missing)} of {len(files)} images that are not in {folder}"
+        rows = [(str(folder / name), f"the file is missing, and {where.name} names it") for name in missing]
+        message = f"data: {where} {what} (first: {', '.join(missing[:3])}); copy them there, or correct data.root"
+        raise BadFile(where, what, message, rows)
 
 
 def missing_files(folder: Path, files: list[str]) -> list[str]:
@@ -175,7 +208,7 @@ def missing_files(folder: Path, files: list[str]) -> list[str]:
 
 
 def check_distinct(names: list[str], what: str, where: Path | str) -> None:
-    """Hold that no name comes twice. Raises UserError with how many do and the first three."""
+    """Hold that no name comes twice. Raises BadFile with how many do and the first three."""
     seen: set[str] = set()
     twice = []
     for name in names:
@@ -183,7 +216,8 @@ def check_distinct(names: list[str], what: str, where: Path | str) -> None:
             twice.append(name)
         seen.add(name)
     if twice:
-        raise UserError(
-            f"data: {where} holds {len(twice)} {what} more than once (first: {', '.join(map(str, twice[:3]))}); "
-            "expected each once: remove the repetitions"
-        )
+        found = f"holds {len(twice)} {what} more than once"
+        first = ", ".join(map(str, twice[:3]))
+        message = f"data: {where} {found} (first: {first}); expected each once: remove the repetitions"
+        rows = [(str(where), f"{what}: {name} is there more than once") for name in twice]
+        raise BadFile(where, found, message, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 # Larger pictures are refused before they are unpacked: a file of a few bytes can claim any size.
 MAX_PIXELS = 2**26
+# Most pixels that a byte can hold: each 8 x 8 block of a JPEG takes a bit or more, deflate shrinks 1032 times at most.
+_PIXELS_PER_BYTE = {"JPEG": 8 * 64, "MPO": 8 * 64, "PNG": 8 * 1032}
 _ORIENTATION = 0x0112
 
 
@@ -89,21 +92,27 @@ def read_mask(path: Path | str, content: bytes | None = None) -> np.ndarray:
     Args:
         path, content: as in `read_image`.
     Raises:
-        UserError: unreadable, or a colour picture.
+        BadFile: unreadable, a colour picture, or a JPEG.
     """
     try:
         with warnings.catch_warnings(action="ignore"), _open(path, content) as file:
             file.load()
             if file.mode not in ("L", "P", "1"):
-                raise UserError(
-                    f"data: mask {path} is a picture of mode '{file.mode}'; expected 8-bit single-channel class ids "
-                    "(mode 'L' or 'P'): convert colours to ids first"
+                what = f"is a picture of mode '{file.mode}'"
+                message = (
+                    f"data: mask {path} {what}; expected 8-bit single-channel class ids (mode 'L' or 'P'): convert "
+                    "colours to ids first"
                 )
+                raise BadFile(path, what, message)
+            if file.format in ("JPEG", "MPO"):
+                what = "is a JPEG, which does not keep ids"
+                raise BadFile(path, what, f"data: mask {path} {what}; expected a PNG: make the mask again")
             return np.array(file, dtype=np.uint8)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"data: mask {path} cannot be read ({_reason(path, error, content)}); write it again") from None
+        what = f"cannot be read ({_reason(path, error, content)})"
+        raise BadFile(path, what, f"data: mask {path} {what}; write it again") from None
 
 
 def read_channel(path: Path, modes: tuple[str, ...]) -> np.ndarray:
@@ -126,10 +135,14 @@ def read_channel(path: Path, modes: tuple[str, ...]) -> np.ndarray:
 
 def _open(path: Path, content: bytes | None = None) -> Image.Image:
     file = Image.open(path if content is None else io.BytesIO(content))
+    claim = f"claims {file.width} x {file.height} pixels"
     if file.width * file.height > MAX_PIXELS:
-        size = f"{file.width} x {file.height}"
         file.close()
-        raise DamagedImage(str(path), f"claims {size} pixels, more than the {MAX_PIXELS} that are accepted")
+        raise DamagedImage(str(path), f"{claim}, more than the {MAX_PIXELS} that are accepted")
+    size = os.stat(path).st_size if content is None else len(content)
+    if file.width * file.height > size * _PIXELS_PER_BYTE.get(file.format, MAX_PIXELS):
+        file.close()
+        raise DamagedImage(str(path), f"{claim}, which {size} bytes of {file.format} cannot hold")
     return file
 
 

@@ -19,7 +19,7 @@ from wsss_dist.data.decode import DamagedImage
 from wsss_dist.data.erased import fill_erased, read_manifest
 from wsss_dist.data.maps import check_maps, read_maps
 from wsss_dist.data.transforms import augment, clear_padding, normalise, sample_generator
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 # So many unreadable files in a row are no accident: a wrong folder, or a disk that is gone.
 MAX_IN_A_ROW = 50
@@ -178,10 +178,12 @@ def _read_or_next(dataset: Dataset, index: int, damaged: list[tuple[str, str]]) 
         except DamagedImage as error:
             last = error
             damaged.append((error.path, error.reason))
-    raise UserError(
-        f"data: {min(len(dataset), MAX_IN_A_ROW)} images of '{dataset.name}' in a row cannot be read "
-        f"(last: {last}); check data.root and the disk, or prepare the data again"
+    count = min(len(dataset), MAX_IN_A_ROW)
+    message = (
+        f"data: {count} images of '{dataset.name}' in a row cannot be read (last: {last}); check data.root and the "
+        "disk, or prepare the data again"
     )
+    raise BadFile(last.path, last.reason, message, damaged[-count:])
 
 
 def build_eval_loader(dataset: Dataset, cfg: DataConfig, rows: Iterable[int], ahead: int = 4) -> DataLoader:
@@ -260,18 +262,20 @@ def _eval_sample(dataset: Dataset, index: int, masks: bool) -> EvalSample:
         image = dataset.image(index)
     except DamagedImage as error:
         kind, harm = ("evaluation split", "change the score") if masks else ("split", "leave the next stage without it")
-        raise UserError(
-            f"data: image {error.path} of the {kind} '{dataset.name}' cannot be read ({error.reason}); "
-            f"replace the file, or take it out of the split: leaving it out silently would {harm}"
-        ) from None
+        message = (
+            f"data: image {error.path} of the {kind} '{dataset.name}' cannot be read ({error.reason}); replace the "
+            "file, or leave it out (data.leave_out names a problems.csv, `python launch/prepare_data.py check` makes "
+            f"one of the whole split): leaving it out silently would {harm}"
+        )
+        raise BadFile(error.path, error.reason, message) from None
     mask = None
     if masks and dataset.has_masks:
         mask = dataset.mask(index)
         if mask.shape != image.shape[:2]:
-            raise UserError(
-                f"data: the mask of {dataset.path(index)} is {mask.shape[0]} x {mask.shape[1]} (height x width), the "
-                f"image is {image.shape[0]} x {image.shape[1]}; expected the same size: make the mask again"
-            )
+            height, width, _ = image.shape
+            what = f"is {mask.shape[0]} x {mask.shape[1]} (height x width), the image is {height} x {width}"
+            message = f"data: the mask of {dataset.path(index)} {what}; expected the same size: make the mask again"
+            raise BadFile(dataset.mask_file(index) or dataset.path(index), f"the mask {what}", message)
     return EvalSample(
         index=index,
         id=dataset.id(index),

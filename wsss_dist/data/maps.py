@@ -22,7 +22,7 @@ from wsss_dist.data.config import MapConfig
 from wsss_dist.data.dataset import Dataset, missing_files
 from wsss_dist.data.decode import DamagedImage, read_channel
 from wsss_dist.data.erased import UnfitRegions, load_regions, read_manifest
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 _FORMAT = {
     "labels": "a single-channel PNG of class ids",
@@ -72,9 +72,10 @@ def _read_map(dataset: Dataset, i: int, name: str, cfg: MapConfig, size: tuple[i
             raise UnfitMap(f"is {found} (height x width)", f"{expected}, the size of {dataset.path(i)}")
     except UnfitMap as error:
         found, expected = error.args
-        raise UserError(
+        message = (
             f"data: {path}, the map '{name}' of image {dataset.id(i)}, {found}; expected {expected}: {_fix(name, cfg)}"
-        ) from None
+        )
+        raise BadFile(path, f"the map '{name}' of image {dataset.id(i)} {found}", message) from None
     return values
 
 

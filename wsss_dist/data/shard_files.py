@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from wsss_dist.data.config import is_url
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 # open files of each process
 MAX_HANDLES = 128
@@ -245,7 +245,8 @@ def _unreachable(name: str, error: Exception) -> UserError:
 
 def missing(name: str) -> UserError:
     """The mistake that a file of a set of shards is not there."""
-    return UserError(
+    message = (
         f"data: {name} is missing; copy it there from where the shards were made, correct data.root, or make the "
         "shards again (`python launch/prepare_data.py shards`)"
     )
+    return BadFile(name, "the file is missing", message)

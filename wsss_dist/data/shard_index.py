@@ -138,8 +138,11 @@ def _fault(index: ShardIndex, images: int) -> str | None:
             return f"`{name}` is {values.dtype} {list(values.shape)}, expected {list(shapes[name])}"
     if not n or not 1 <= len(index.classes) <= 254 or not all(isinstance(c, str) for c in index.classes):
         return f"{n} images of {len(index.classes)} classes"
+    if index.base is not None and not (isinstance(index.base, str) and index.base.isprintable()):
+        return f"its base is {index.base!r}"
     for shard in index.shards:
-        if PurePosixPath(shard.file).name != shard.file or not isinstance(shard.bytes, int):
+        plain = PurePosixPath(shard.file).name == shard.file and "\0" not in shard.file
+        if not plain or not isinstance(shard.bytes, int):
             return f"the shard '{shard.file}' is no plain file name with a size"
     if not 0 <= int(index.shard.min()) <= int(index.shard.max()) < count:
         return f"it names shards that are not among the {count}"

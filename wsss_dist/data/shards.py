@@ -35,7 +35,7 @@ from wsss_dist.data.shard_index import (
     parse_index,
     picture_member,
 )
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 # shards of which one header is read when a data set is opened
 _SPOT_CHECKS = 8
@@ -94,7 +94,7 @@ class ShardDataset(Dataset):
         try:
             content = self._member(i, MASK)
         except DamagedImage as error:
-            raise UserError(f"data: mask {path} cannot be read: {error.reason}") from None
+            raise BadFile(path, error.reason, f"data: mask {path} cannot be read: {error.reason}") from None
         return checked_ids(read_mask(path, content), path, len(self.class_names))
 
     def _member(self, i: int, part: int) -> bytes:
@@ -166,10 +166,11 @@ def check_shards(index: ShardIndex, place: Place) -> None:
 
 
 def _truncated(name: str, found: str, shard: Shard) -> UserError:
-    return UserError(
+    message = (
         f"data: {name} {found}; expected {shard.bytes} bytes with SHA-256 {shard.sha256[:16]}...: it is truncated or "
         f"another file; copy it again, or delete {INDEX} and run `python launch/prepare_data.py index FOLDER`"
     )
+    return BadFile(name, f"{found}, not {shard.bytes} bytes: it is truncated or another file", message)
 
 
 def _no_index(folder: Path | str, found: dict[str, int]) -> UserError:

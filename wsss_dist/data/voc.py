@@ -19,7 +19,8 @@ import numpy as np
 
 from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
 from wsss_dist.data.folder import read_labels_csv
-from wsss_dist.errors import UserError
+from wsss_dist.data.problems import LeftOut
+from wsss_dist.errors import BadFile, UserError
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -30,19 +31,28 @@ VOC_CLASSES = (
 class VocDataset(Dataset):
     """One split of a VOC folder."""
 
-    def __init__(self, root: Path, split: str, classes: list[str] | None) -> None:
+    def __init__(self, root: Path, split: str, classes: list[str] | None, left_out: LeftOut | None = None) -> None:
         self._base = _base(existing_root(root))
         classes = list(VOC_CLASSES) if classes is None else classes
         listed = _split_file(self._base, split)
-        names = [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()]
+        names = _names(listed)
         check_distinct(names, "images", listed)
-        files = [f"{name}.jpg" for name in names]
-        check_images(self._base / "JPEGImages", files, listed)
+        check_images(self._base / "JPEGImages", [f"{name}.jpg" for name in names], listed, left_out)
+        named = len(names)
+        if left_out:
+            names = [name for name in names if not self._is_left_out(name, left_out)]
         if (self._base / "labels.csv").is_file():
             tags = _tags_from_csv(self._base / "labels.csv", names, classes)
         else:
             tags = _tags_from_xml(self._base / "Annotations", names, classes)
+        files = [f"{name}.jpg" for name in names]
         super().__init__(f"{self._base.name}/{split}", classes, self._base / "JPEGImages", files, tags)
+        self.unusable = named - len(names)
+
+    def _is_left_out(self, name: str, left_out: LeftOut) -> bool:
+        """Is its picture left out, or its XML, without which it has no tags?"""
+        picture, xml = self._base / "JPEGImages" / f"{name}.jpg", self._base / "Annotations" / f"{name}.xml"
+        return picture in left_out or xml in left_out
 
     @property
     def has_masks(self) -> bool:
@@ -73,6 +83,16 @@ def _base(root: Path) -> Path:
     )
 
 
+def _names(listed: Path) -> list[str]:
+    """Names of the images of a list."""
+    try:
+        text = listed.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"is no text ({error})"
+        raise BadFile(listed, what, f"data: {listed} {what}; unpack the archive again") from None
+    return [Path(line.split()[0]).stem for line in text.splitlines() if line.strip()]
+
+
 def _split_file(base: Path, split: str) -> Path:
     for kind in ("Segmentation", "Main"):
         path = base / "ImageSets" / kind / f"{split}.txt"
@@ -90,33 +110,44 @@ def _tags_from_csv(path: Path, names: list[str], classes: list[str]) -> np.ndarr
     row_of = {name.removesuffix(".jpg"): k for k, name in enumerate(listed)}
     missing = [name for name in names if name not in row_of]
     if missing:
-        raise UserError(
-            f"data: {path} has no row for {len(missing)} images of the split (first: {', '.join(missing[:3])}); "
-            "add them, with an empty cell where an image has no label"
+        what = f"has no row for {len(missing)} images of the split"
+        message = (
+            f"data: {path} {what} (first: {', '.join(missing[:3])}); add them, with an empty cell where an image has "
+            "no label"
         )
+        raise BadFile(path, what, message, [(str(path), f"it has no row for {name}") for name in missing])
     return tags[[row_of[name] for name in names]]
 
 
 def _tags_from_xml(folder: Path, names: list[str], classes: list[str]) -> np.ndarray:
     index = {name: c for c, name in enumerate(classes)}
     tags = np.zeros((len(names), len(classes)), np.uint8)
+    wrong: list[BadFile] = []
     for row, name in zip(tags, names, strict=True):
-        path = folder / f"{name}.xml"
         try:
-            # expat loads no external entity and bounds the growth of internal ones
-            objects = ElementTree.parse(path).getroot().findall("object")  # noqa: S314
-        except FileNotFoundError:
-            raise UserError(
-                f"data: {path} is missing, so the tags of {name} are unknown; restore it, or give a labels.csv"
-            ) from None
-        except ElementTree.ParseError as error:
-            raise UserError(f"data: {path} is not readable XML ({error}); unpack the archive again") from None
-        for thing in objects:
-            label = thing.findtext("name", "").strip()
-            if label not in index:
-                raise UserError(
-                    f"data: {path} has an object of the unknown class name '{label}'; expected one of "
-                    f"{', '.join(classes)}: list the names of your data in data.classes"
-                )
-            row[index[label]] = 1
+            row[_classes_of(folder / f"{name}.xml", name, index)] = 1
+        except BadFile as error:
+            wrong.append(error)
+    if wrong:
+        raise BadFile(wrong[0].path, wrong[0].reason, str(wrong[0]), [(e.path, e.reason) for e in wrong])
     return tags
+
+
+def _classes_of(path: Path, name: str, index: dict[str, int]) -> list[int]:
+    """The classes of the objects of an XML file. Raises BadFile."""
+    try:
+        # expat loads no external entity and bounds the growth of internal ones
+        objects = ElementTree.parse(path).getroot().findall("object")  # noqa: S314
+    except FileNotFoundError:
+        message = f"data: {path} is missing, so the tags of {name} are unknown; restore it, or give a labels.csv"
+        raise BadFile(path, "the file is missing", message) from None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of its encoding
+        what = f"is not readable XML ({error})"
+        raise BadFile(path, what, f"data: {path} {what}; unpack the archive again") from None
+    labels = [thing.findtext("name", "").strip() for thing in objects]
+    unknown = [label for label in labels if label not in index]
+    if unknown:
+        what = f"has an object of the unknown class name '{unknown[0]}'"
+        fix = f"expected one of {', '.join(index)}: list the names of your data in data.classes"
+        raise BadFile(path, what, f"data: {path} {what}; {fix}")
+    return [index[label] for label in labels]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 from wsss_dist.files import whole_file
 
 MAX_MEMBERS = 1_000_000
@@ -30,6 +30,8 @@ _MAX_HEADER = 2**20
 _COPY = 2**20
 
 Target = Callable[[str], Path | None]
+# the last two: what zipfile says to positions, names and flags that cannot be
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,26 @@ class Counts:
     kept: int
 
 
-def unpack_archive(path: Path, target: Target, say: Callable[[str], None]) -> Counts:
+class DamagedArchive(BadFile):
+    """An archive that is truncated or damaged; what was unpacked of it before that place is good."""
+
+
+def unpack_archive(
+    path: Path, target: Target, say: Callable[[str], None], skipped: Callable[[str, str], None] | None = None
+) -> Counts:
     """Unpack the wanted regular files of an archive.
 
     Args:
         path: a zip, a tar or a tar.gz; the content decides, not the name.
         target: path of a member in the archive -> where to write it, or None to leave it out.
         say: prints one line.
+        skipped: is told name and reason of a member of a zip that is damaged, and the others are unpacked all the
+            same; None: that is an error.
     Raises:
-        UserError: no archive, truncated or damaged, a member that would leave the folder or is no regular file, a name
-            that comes twice, more bytes than MAX_RATIO times the archive, or than the disk has free.
+        DamagedArchive: no archive, truncated or damaged.
+        BadFile: a member that would leave the folder or is no regular file, a name that comes twice, or more bytes
+            than MAX_RATIO times the archive.
+        UserError: more bytes than the disk has free.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -57,12 +69,11 @@ def unpack_archive(path: Path, target: Target, say: Callable[[str], None]) -> Co
         say(f"unpacking {path} ({path.stat().st_size:,} bytes)")
         try:
             if head[:2] == b"PK":
-                return _unpack_zip(path, file, target)
+                return _unpack_zip(path, file, target, skipped)
             return _unpack_tar(path, file, head[:2] == b"\x1f\x8b", target)
         except UserError:
             raise
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-            # the last two: what zipfile says to positions, names and flags that cannot be
+        except _DAMAGE as error:
             raise _broken(path, str(error)) from None
         except OSError as error:
             if error.errno is None:  # gzip's own, not the disk's
@@ -79,18 +90,22 @@ def member_path(name: str, archive: Path) -> str:
     return "/".join(parts)
 
 
-def _broken(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"prepare: {path} ({path.stat().st_size:,} bytes) is truncated or damaged ({reason or 'no more data'}); "
-        "download it again, `wget -c` goes on where a download stopped, and start the same command again"
+def _broken(path: Path, reason: str) -> DamagedArchive:
+    what = f"truncated or damaged ({reason or 'no more data'})"
+    message = (
+        f"prepare: {path} ({path.stat().st_size:,} bytes) is {what}; download it again, `wget -c` goes on where a "
+        "download stopped, and start the same command again"
     )
+    return DamagedArchive(path, what, message)
 
 
-def _refused(archive: Path, name: str, why: str) -> UserError:
-    return UserError(
-        f"prepare: {archive} holds '{name[:200]}', {why}; it is not the official archive and was not unpacked further: "
-        "download it again from the official place"
+def _refused(archive: Path, name: str, why: str) -> BadFile:
+    what = f"holds '{name[:200]}', {why}"
+    message = (
+        f"prepare: {archive} {what}; it is not the official archive and was not unpacked further: download it again "
+        "from the official place"
     )
+    return BadFile(archive, what, message)
 
 
 class _Budget:
@@ -124,7 +139,7 @@ class _Budget:
         return place
 
 
-def _unpack_zip(path: Path, file: IO[bytes], target: Target) -> Counts:
+def _unpack_zip(path: Path, file: IO[bytes], target: Target, skipped: Callable[[str, str], None] | None) -> Counts:
     with zipfile.ZipFile(file) as archive:
         members, budget, wanted = archive.infolist(), _Budget(path, target), []
         for member in members:
@@ -138,10 +153,17 @@ def _unpack_zip(path: Path, file: IO[bytes], target: Target) -> Counts:
             raise _refused(path, members[-1].filename, "which lies on top of another file")
         todo = [(member, place) for member, place in wanted if not _is_there(place, member.file_size)]
         _check_space(path, [(place, member.file_size) for member, place in todo])
+        written = 0
         for member, place in todo:
-            with archive.open(member) as source:
-                _write(source, member.file_size, place, path)
-        return Counts(len(todo), len(wanted) - len(todo))
+            try:
+                with archive.open(member) as source:
+                    _write(source, member.file_size, place, path)
+                written += 1
+            except (*_DAMAGE, DamagedArchive) as error:
+                if skipped is None:
+                    raise
+                skipped(member.filename, error.reason if isinstance(error, DamagedArchive) else str(error))
+        return Counts(written, len(wanted) - len(todo))
 
 
 def _special(member: zipfile.ZipInfo) -> str | None:

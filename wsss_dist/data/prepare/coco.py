@@ -52,7 +52,7 @@ from wsss_dist.data.prepare.manifest import (
     write_manifest,
 )
 from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 from wsss_dist.files import write_whole
 
 COUNTS = {
@@ -85,7 +85,10 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
     indexes = {}
     for split in SPLITS:
         console.say(f"reading instances_{split}.json")
-        indexes[split] = AnnotationIndex(out / "annotations" / f"instances_{split}.json")
+        path = out / "annotations" / f"instances_{split}.json"
+        if not path.is_file():  # its archive is damaged, and that was no reason to stop
+            raise BadFile(path, "the file is missing", f"prepare: {path} is missing; download {_ANNOTATIONS.url} again")
+        indexes[split] = AnnotationIndex(path)
     _check_classes(indexes)
     rows, problems = _rows(out, indexes, options.subset)
     check_counts(_found(indexes, rows), COUNTS, options.subset, console.say)
@@ -100,7 +103,7 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
         )
     finally:
         _shared.clear()
-    files, bad, problems = gather(results, problems)
+    files, bad, problems = gather(results, [*work.problems, *problems])
     settle_problems(out, problems, options.on_problem, console.say)
     usable = {split: np.zeros(len(index.images), bool) for split, index in indexes.items()}
     for name, (split, row) in items.items():
@@ -143,9 +146,9 @@ def _place_inputs(work: WorkFolder, options: Options, console: Console) -> None:
         own_folder(place)
         if archive.name == _ANNOTATIONS.name:
             wanted = {f"annotations/{p.name}": p for p, (_, packed) in places.items() if packed == archive}
-            unpack(work, archive, wanted.get, console)
+            unpack(work, archive, wanted.get, options, console)
         else:
-            unpack(work, archive, partial(_below, place), console)
+            unpack(work, archive, partial(_below, place), options, console)
 
 
 def _below(place: Path, name: str) -> Path | None:
@@ -173,10 +176,9 @@ def _rows(out: Path, indexes: dict[str, AnnotationIndex], subset: bool) -> tuple
             problems.append((name, kind, reason, effect))
         absent = set(missing_files(out / split, names))
         if len(absent) == len(set(names)):
-            raise UserError(
-                f"prepare: none of the {len(names):,} images that {index.path} names is in {out / split} (first: "
-                f"{names[0]}); name the folder or the archive that has them with --source"
-            )
+            what = f"none of the {len(names):,} images that {index.path} names is in {out / split}"
+            message = f"prepare: {what} (first: {names[0]}); name the folder or the archive that has them with --source"
+            raise BadFile(out / split, what, message)
         rows[split] = [row for row in range(len(names)) if row not in twice and not (subset and names[row] in absent)]
         if subset and absent:
             problems.append((f"{split}/", "note", f"{len(absent)} images are not there", "not in the lists"))

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wsss_dist.data.decode import MAX_PIXELS
 from wsss_dist.data.prepare.manifest import LEFT_OUT
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile
 
 _BLOCK = 2**22
 # No entry of COCO is longer than 100 kB; what seems to be is a file with an error in it.
@@ -63,7 +64,8 @@ class AnnotationIndex:
                     column.append(number)
         missing = [key for key in ("images", "categories") if key not in found]
         if missing:
-            raise UserError(f"prepare: {path} has no list '{missing[0]}' with entries; give an annotation file of COCO")
+            what = f"has no list '{missing[0]}' with entries"
+            raise BadFile(path, what, f"prepare: {path} {what}; give an annotation file of COCO")
         self.categories = dict(sorted(self.categories.items()))
         self._arrange(*(np.frombuffer(column, np.int64) if column else np.zeros(0, np.int64) for column in columns))
         self._map: mmap.mmap | None = None
@@ -87,7 +89,7 @@ class AnnotationIndex:
         name = entry.file_name
         if not name.isprintable() or Path(name).name != name or name in (".", ".."):
             raise self._wrong("images", f"an image has the file_name {name!r}, which is not the name of a file")
-        if not (0 < entry.height <= 65535 and 0 < entry.width <= 65535):
+        if min(entry.height, entry.width) < 1 or entry.height * entry.width > MAX_PIXELS:
             raise self._wrong("images", f"{name} is {entry.height} x {entry.width} pixels")
         self.images.append(entry)
 
@@ -111,8 +113,9 @@ class AnnotationIndex:
             raise self._wrong(where, f"'{name}' of an entry is {str(found)[:80]!r}; expected {wanted}")
         return found
 
-    def _wrong(self, where: str, what: str) -> UserError:
-        return UserError(f"prepare: {self.path}: in '{where}' {what}: download the file again, or correct the entry")
+    def _wrong(self, where: str, what: str) -> BadFile:
+        message = f"prepare: {self.path}: in '{where}' {what}: download the file again, or correct the entry"
+        return BadFile(self.path, f"in '{where}' {what}", message)
 
     def _arrange(self, numbers: np.ndarray, image_ids: np.ndarray, raw: np.ndarray, begins, lengths) -> None:
         """Sort the annotations by image, and note the entries that fit to nothing."""
@@ -241,7 +244,6 @@ class _Text:
         self.before += self.at
         self.window, self.at = self.window[self.at :] + block.decode("latin-1"), 0
 
-    def _broken(self, reason: str) -> UserError:
-        return UserError(
-            f"prepare: {self.path} is truncated or not readable JSON ({reason}); unpack or download it again"
-        )
+    def _broken(self, reason: str) -> BadFile:
+        what = f"truncated or not readable JSON ({reason})"
+        return BadFile(self.path, what, f"prepare: {self.path} is {what}; unpack or download it again")

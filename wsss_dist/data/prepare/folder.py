@@ -20,9 +20,9 @@ from wsss_dist.data.prepare.manifest import (
     write_manifest,
 )
 from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of
-from wsss_dist.errors import UserError
+from wsss_dist.data.problems import STAYS
+from wsss_dist.errors import BadFile, UserError
 
-_STAYS = "stays in the list: training replaces it, an evaluation stops there"
 _ABOUT = "A data set of the folder format as checked by launch/prepare_data.py folder."
 
 
@@ -44,11 +44,16 @@ def check_folder(options: Options, console: Console) -> None:
 def _steps(work: WorkFolder, options: Options, settings: dict, console: Console) -> None:
     root = options.out
     classes = read_classes(root / "classes.txt")
-    items, counts, problems, files = {}, {}, [], {}
+    items, counts, problems, files, unreadable = {}, {}, [], {}, []
     lists = sorted(root.glob("*/labels.csv"))
     for listed in lists:
         split = listed.parent.name
-        images, _ = read_labels_csv(listed, classes)
+        try:
+            images, _ = read_labels_csv(listed, classes)
+        except BadFile as error:
+            shown = str(listed.relative_to(root))
+            unreadable.append(BadFile(listed, error.reason, str(error), [(shown, why) for _, why in error.rows]))
+            continue
         counts[f"{split} images"] = len(images)
         masks = (listed.parent / "masks").is_dir()
         items |= {f"{split}/images/{name}": (root, split, name, len(classes) if masks else None) for name in images}
@@ -64,6 +69,10 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
     results = finish_items(work, depends, items, _check, workers=options.workers, track=console.track)
     of_items, _, problems = gather(results, problems)
     files |= of_items
+    if unreadable:  # without the lists there is no manifest, whatever --on-problem says
+        work.problems += problems
+        first, rows = unreadable[0], [row for error in unreadable for row in error.rows]
+        raise BadFile(first.path, first.reason, str(first), rows)
     settle_problems(root, problems, options.on_problem, console.say, "write the manifest all the same")
     write_manifest(root, {"about": _ABOUT, "settings": settings, "counts": counts}, files)
     console.say(f"{root} is checked: {len(files):,} files in manifest.json")
@@ -86,10 +95,10 @@ def _check(item: tuple[Path, str, str, int | None]) -> dict:
             files[mask_shown] = picture_record(content, values.shape[1], values.shape[0], mode)
             if picture is not None and picture.shape != values.shape:
                 reason = "{} x {} pixels (height, width), the image as the loader reads it {} x {}"
-                problems.append((mask_shown, "error", reason.format(*values.shape, *picture.shape), _STAYS))
+                problems.append((mask_shown, "error", reason.format(*values.shape, *picture.shape), STAYS))
         except UserError as error:
             reason = str(error).removeprefix(f"data: mask {mask} ").partition(";")[0]
-            problems.append((mask_shown, "error", reason, _STAYS))
+            problems.append((mask_shown, "error", reason, STAYS))
     # the lists of a folder are its owner's, so nothing is left out of them
-    problems = [(path, kind, why, _STAYS if kind == "error" else effect) for path, kind, why, effect in problems]
+    problems = [(path, kind, why, STAYS if kind == "error" else effect) for path, kind, why, effect in problems]
     return {"stamp": stamp, "files": files, "problems": problems}

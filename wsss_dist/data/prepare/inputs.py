@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wsss_dist.data.prepare.archives import Target, unpack_archive
+from wsss_dist.data.prepare.archives import DamagedArchive, Target, unpack_archive
 from wsss_dist.data.prepare.fetch import sha256_of
-from wsss_dist.data.prepare.manifest import has_problems_table, is_complete
+from wsss_dist.data.prepare.manifest import has_problems_table
+from wsss_dist.data.prepare.verify import is_complete
 from wsss_dist.data.prepare.work import WorkFolder, stamp_of
-from wsss_dist.errors import UserError
+from wsss_dist.data.problems import TABLE, problems_of, write_problems
+from wsss_dist.errors import BadFile, UserError
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Options:
     sources     folders that hold the archives or what they unpack to, or such files and folders themselves.
     out         the folder to make.
     workers     processes; 0: this one. The result does not depend on it.
-    on_problem  "stop" makes no lists where a file cannot be used, "continue" leaves such images out of them.
+    on_problem  "stop" makes no lists where a file cannot be used, "continue" leaves such images out of them, and goes
+                on with what can be unpacked of a damaged archive.
     subset      take what is there, whatever its number.
     labels      a cls_labels_onehot.npy whose tags are taken instead of the derived ones.
     legacy      write a cls_labels_onehot.npy and plain lists as well, for other repositories.
@@ -79,6 +82,9 @@ def prepare(options: Options, data: str, steps: Callable[[WorkFolder, dict], Non
     try:
         steps(work, settings)
         work.remove()
+    except BadFile as error:  # a file that nothing can be made without: the table has it, too
+        write_problems(options.out / TABLE, [*work.problems, *problems_of(error, "nothing was made")])
+        raise
     finally:
         work.release()
 
@@ -114,12 +120,30 @@ def find(options: Options, folders: Iterable[str], archive: Archive, holds: str)
     )
 
 
-def unpack(work: WorkFolder, archive: Path, target: Target, console: Console) -> None:
-    """Unpack an archive once: what is done, and which file it was, is marked."""
+def unpack(work: WorkFolder, archive: Path, target: Target, options: Options, console: Console) -> None:
+    """Unpack an archive once: what is done, and which file it was, is marked.
+
+    One that is damaged ends the preparation, or, where `options.on_problem` is "continue", is used as far as it goes.
+    """
     stamp = stamp_of([archive.resolve()])
     if work.is_marked(archive.name, stamp):
         return
-    counts = unpack_archive(archive, target, console.say)
+    goes_on, before = options.on_problem == "continue", len(work.problems)
+
+    def skipped(name: str, reason: str) -> None:
+        work.problems.append((f"{archive}:{name}", "error", reason, "not unpacked"))
+
+    try:
+        counts = unpack_archive(archive, target, console.say, skipped if goes_on else None)
+    except DamagedArchive as error:
+        if not goes_on:
+            raise
+        work.problems += problems_of(error, "used as far as it could be unpacked")
+    if len(work.problems) > before:
+        reason = work.problems[before][2]
+        write_problems(options.out / TABLE, work.problems)  # whatever comes next
+        console.say(f"{archive.name} is damaged ({reason}), going on with what could be unpacked of it")
+        return  # not marked: it may be repaired
     if not counts.written + counts.kept:
         raise UserError(
             f"prepare: {archive} holds none of the files that {archive.name} has; download the official archive"

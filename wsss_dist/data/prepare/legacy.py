@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 MAX_BYTES = 2**30
 
@@ -31,8 +31,16 @@ def read_onehot(path: Path, classes: int) -> dict[str | int, np.ndarray]:
     """Read such a file: name (some have numbers) -> tags, uint8 [classes].
 
     Raises:
-        UserError: no such file, another number of classes, or a pickle that names anything but arrays.
+        BadFile: no such file, another number of classes, or a pickle that names anything but arrays.
     """
+    try:
+        return _read(path, classes)
+    except UserError as error:
+        reason = str(error).removeprefix(f"prepare: {path}").lstrip(" :").partition("; ")[0]
+        raise BadFile(path, reason, str(error)) from None
+
+
+def _read(path: Path, classes: int) -> dict[str | int, np.ndarray]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")

@@ -2,15 +2,12 @@
 
 manifest.json  about, settings and counts; then per file, sorted by path below the folder: sha256, size in bytes, and
                of a picture width and height in pixels and Pillow's mode, as stored
-problems.csv   path, kind, reason, effect; sorted. Kind "error": the file cannot be used. Kind "note": it is
-               unusual, and the effect says how the loader (wsss_dist/data/decode.py) reads it
+problems.csv   see wsss_dist/data/problems.py
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from wsss_dist.data.decode import DamagedImage, Picture, inspect_image
-from wsss_dist.data.prepare.fetch import sha256_of
-from wsss_dist.data.prepare.work import in_processes
+from wsss_dist.data.problems import TABLE, Problem, is_problems_table, write_problems
 from wsss_dist.errors import UserError
-from wsss_dist.files import whole_file, write_whole
+from wsss_dist.files import whole_file
 
-Problem = tuple[str, str, str, str]
 LEFT_OUT = "left out of the lists"
-_COLUMNS = ("path", "kind", "reason", "effect")
 
 
 def file_record(content: bytes) -> dict[str, Any]:
@@ -98,19 +92,9 @@ def _leaves_out(problem: Problem) -> bool:
     return problem[1] == "error" and problem[3] == LEFT_OUT
 
 
-def write_problems(path: Path, problems: Iterable[Problem]) -> None:
-    """Write problems.csv: sorted, each once; without one it has the header alone."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(_COLUMNS)
-    rows.writerows(sorted(set(problems)))
-    write_whole(path, text.getvalue().encode())
-
-
 def has_problems_table(out: Path) -> bool:
     """Is there a problems.csv of ours? It outlives a manifest that is removed to have everything made again."""
-    path = out / "problems.csv"
-    return path.is_file() and path.read_bytes().startswith(",".join(_COLUMNS).encode() + b"\n")
+    return is_problems_table(out / TABLE)
 
 
 def settle_problems(
@@ -151,59 +135,3 @@ def write_manifest(out: Path, head: dict[str, Any], files: dict[str, str]) -> No
         file.write(json.dumps(head, indent=1)[:-2] + ',\n "files": {\n')
         file.write(",\n".join(f"  {json.dumps(name)}: {files[name]}" for name in sorted(files)))
         file.write("\n }\n}\n")
-
-
-def is_complete(out: Path, settings: dict, verify: bool, workers: int, track, say: Callable[[str], None]) -> bool:
-    """True where `out` holds the finished result of these settings, False where it is not finished.
-
-    Args:
-        verify: compare the sha256 of every file, not only its size.
-    Raises:
-        UserError: other settings, or files that are missing or changed.
-    """
-    path = out / "manifest.json"
-    if not path.is_file():
-        return False
-    try:
-        content = json.loads(path.read_bytes())
-        made, files = content["settings"], content["files"]
-        sizes = {name: record["size"] for name, record in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"prepare: {path} is no manifest of this command; nothing is overwritten: move it away, or choose another "
-            "--out"
-        ) from None
-    different = [f"{k} {made.get(k)!r} instead of {v!r}" for k, v in settings.items() if made.get(k) != v]
-    if different:
-        raise UserError(
-            f"prepare: {out} was made with other settings ({'; '.join(different)}); remove {path} to make it again, or "
-            "choose another --out"
-        )
-    wrong = [name for name, size in sizes.items() if not _has_size(out / name, size)]
-    if verify and not wrong:
-        jobs = [(out / name, record["sha256"]) for name, record in files.items()]
-        good = track(in_processes(_is_unchanged, jobs, workers), len(jobs))
-        wrong = [name for name, same in zip(files, good, strict=True) if not same]
-    if wrong:
-        raise UserError(
-            f"prepare: {len(wrong):,} of {len(files):,} files in {out} are missing or changed since they were prepared "
-            f"(first: {wrong[0]}); restore them, or remove {path} and start this command again"
-        )
-    how = "have their sha256" if verify else "are there in their size (--verify reads them all)"
-    say(f"{out} is complete: {len(files):,} files {how}, nothing to do")
-    return True
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
-
-
-def _is_unchanged(job: tuple[Path, str]) -> bool:
-    path, digest = job
-    try:
-        return sha256_of(path) == digest
-    except OSError:
-        return False

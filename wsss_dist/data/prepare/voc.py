@@ -39,7 +39,7 @@ from wsss_dist.data.prepare.manifest import Problem, file_record, gather, settle
 from wsss_dist.data.prepare.voc_image import Places, finish_image
 from wsss_dist.data.prepare.work import WorkFolder, finish_items
 from wsss_dist.data.voc import VOC_CLASSES
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 from wsss_dist.files import write_whole
 
 COUNTS = {
@@ -104,7 +104,7 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
     finally:
         _shared.clear()
     tags_of = {name: json.loads(line)["tags"] for name, line in results.items()}
-    files, bad, problems = gather(results, problems)
+    files, bad, problems = gather(results, [*work.problems, *problems])
     settle_problems(out, problems, options.on_problem, console.say)
 
     made = {}
@@ -142,7 +142,7 @@ def _place_inputs(work: WorkFolder, options: Options, console: Console) -> tuple
         lists = work.path / "lists"
         for name in _LINKED:
             own_folder(base / name)
-        unpack(work, voc_archive, partial(_voc_member, base, lists), console)
+        unpack(work, voc_archive, partial(_voc_member, base, lists), options, console)
     else:
         lists = voc / _LISTS
         for name in _LINKED:
@@ -150,12 +150,11 @@ def _place_inputs(work: WorkFolder, options: Options, console: Console) -> tuple
                 link(voc / name, base / name)
     if sbd_archive is not None:
         sbd = work.path / "sbd"
-        unpack(work, sbd_archive, partial(_sbd_member, sbd), console)
+        unpack(work, sbd_archive, partial(_sbd_member, sbd), options, console)
     for folder in (base / "JPEGImages", base / "Annotations", base / "SegmentationClass", lists, sbd / "cls"):
         if not folder.is_dir():
-            raise UserError(
-                f"prepare: {folder} does not exist, though it is part of the official archives; unpack them as they are"
-            )
+            what = "does not exist, though it is part of the official archives"
+            raise BadFile(folder, what, f"prepare: {folder} {what}; unpack them as they are")
     return base, lists, sbd
 
 
@@ -191,9 +190,11 @@ def _read_list(path: Path, shown: str, problems: list[Problem]) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"prepare: {path} is missing; unpack the official archive again") from None
+        message = f"prepare: {path} is missing; unpack the official archive again"
+        raise BadFile(path, "the file is missing", message) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"prepare: {path} is no text ({error}); unpack the official archive again") from None
+        message = f"prepare: {path} is no text ({error}); unpack the official archive again"
+        raise BadFile(path, f"it is no text ({error})", message) from None
     times = Counter(Path(line.split()[0]).stem for line in text.splitlines() if line.strip())
     for name, count in times.items():
         if count > 1:

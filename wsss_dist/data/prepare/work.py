@@ -45,6 +45,8 @@ class WorkFolder:
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out / ".prepare"
+        # rows for problems.csv that are found on the way
+        self.problems: list[tuple[str, str, str, str]] = []
         self.path.mkdir(parents=True, exist_ok=True)
         # a POSIX lock belongs to one process: a worker that outlives it for a moment does not hold it
         self._lock = (self.path / "lock").open("w")

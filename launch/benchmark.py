@@ -6,12 +6,15 @@ config with `stages:`, --stage NAME says which. `wsss_dist/benchmark/phases.py` 
 
 --peer times the method's peer too, the same step written as research code has it, turn by turn on the same weights.
 
+--memory predicts the memory of a step on a GPU instead, without one: --gib of what size, --ranks how many of them.
+
 Exit status: 0 done, 2 a mistake in the input, 1 anything else.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -45,11 +48,16 @@ def _benchmark() -> int:
     parser.add_argument("--data", action="store_true", help="the config's own data; more steps than it loads ahead")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--clock", default="wall", help="wall, or cpu: CPU time, on a CPU that other jobs use too")
+    parser.add_argument("--memory", action="store_true", help="predict the memory of a step on a GPU; times nothing")
+    parser.add_argument("--gib", type=float, metavar="N", help="with --memory: GiB of that GPU (default 80)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --memory: GPUs that train together (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the phases into this file")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
     args = parser.parse_args()
     _check(args)
+    if args.memory:
+        return _memory(args)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
@@ -79,6 +87,20 @@ def _benchmark() -> int:
     return 0
 
 
+def _memory(args: Any) -> int:
+    """Predict instead of measuring: no engine, no ranks, no device."""
+    from wsss_dist.benchmark import memory, show
+    from wsss_dist.trainer import commit
+
+    cfg = _config(args.config, args.set, args.stage)
+    options = memory.Options(80.0 if args.gib is None else args.gib, args.ranks or 1, args.at)
+    result = {"commit": commit(), **memory.Prediction(cfg, options).run()}
+    print(*show.memory_lines(result), sep="\n", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
 def _check(args: Any) -> None:
     """What the parser lets through."""
     for option, fits, expected in (
@@ -87,10 +109,18 @@ def _check(args: Any) -> None:
         ("at", 0 <= args.at <= 1, "a fraction of the run, 0 to 1"),
         ("device", args.device in (None, *DEVICES), "cpu or cuda"),
         ("clock", args.clock in ("wall", "cpu"), "wall or cpu"),
+        ("gib", args.gib is None or 0 < args.gib < math.inf, "more than 0"),
+        ("ranks", args.ranks is None or args.ranks >= 1, "1 or more"),
         ("plot", args.plot is None or args.plot.suffix == ".png", "a file that ends in .png"),
     ):
         if not fits:
             raise UserError(f"command line: --{option} is {getattr(args, option)}; expected {expected}")
+    measured = [name for name in ("peer", "data", "plot", "device") if getattr(args, name)]
+    if args.memory and measured:
+        raise UserError(f"command line: --memory measures nothing, so --{measured[0]} has no place there; remove one")
+    predicted = [name for name in ("gib", "ranks") if getattr(args, name) is not None]
+    if predicted and not args.memory:
+        raise UserError(f"command line: --{predicted[0]} belongs to --memory; add that, or remove it")
 
 
 def _config(path: str, overrides: list[str], stage: str | None) -> RunConfig:

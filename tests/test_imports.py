@@ -64,6 +64,7 @@ ALLOWED = {
         "wsss_dist.benchmark",
         "wsss_dist.peers",
         "wsss_dist.methods",
+        "wsss_dist.models",
         "wsss_dist.engine",
         "wsss_dist.precision",
         "wsss_dist.config",

@@ -43,6 +43,40 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def memory_lines(result: dict[str, Any]) -> Iterator[str]:
+    """A prediction of memory as text."""
+    shape, parts = result["shape"], result["parts"]
+    engine = shape["engine"] + (f" ZeRO {shape['zero_stage']}" if shape["zero_stage"] else "")
+    yield (
+        f"{result['config']}: {result['method']}, {shape['crop']} px, {shape['classes']} classes, {shape['tags']} tags "
+        f"an image; {shape['micro_batches']} x {shape['micro_batch']} images on each of "
+        f"{_count(shape['ranks'], 'rank')}; {shape['precision']}, {engine}; step {result['step']} of "
+        f"{result['steps_of_run']}; predicted, not measured"
+    )
+    for name, size in parts.items():
+        if size:
+            yield f"    {name:<16}{size / 2**30:>9.2f} GiB  {PARTS[name]}"
+    verdict = "fits" if result["fits"] else "does not fit"
+    yield f"    {'sum':<16}{result['total'] / 2**30:>9.2f} GiB  {verdict} into {result['gib']:g} GiB"
+    if result["largest"] is None:
+        yield f"no micro batch fits into {result['gib']:g} GiB"
+    elif result["largest"] != shape["micro_batch"]:
+        yield f"largest micro batch that fits: {result['largest']} (--set train.micro_batch={result['largest']})"
+
+
+PARTS = {
+    "weights": "and buffers",
+    "gradients": "of the weights, at the peak",
+    "optimiser": "moments, and fp32 copies of the weights",
+    "inputs": "images, tags and maps of a micro batch",
+    "activations": "of forward and backward, the passes without gradient and the operators' own included",
+    "buckets": "for the collectives of the engine",
+    "update": "copies of gradients; the peak is in the update, when the activations are gone",
+    "fragmentation": "assumed: what the allocator cannot use",
+    "context": "assumed: CUDA, cuBLAS, cuDNN and NCCL",
+}
+
+
 def _table(row: dict[str, Any]) -> Iterator[str]:
     total = sum(row["phases_s"].values())
     for phase in ORDER:

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from wsss_dist.files import write_whole
 from wsss_dist.errors import BadFile, UserError
+from wsss_dist.files import write_whole
 
 Problem = tuple[str, str, str, str]
 TABLE = "problems.csv"

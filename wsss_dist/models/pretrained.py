@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -147,6 +149,20 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], path: str, name: str)
     model.load_state_dict(state)
 
 
+_load_parts = True
+
+
+@contextmanager
+def no_parts() -> Iterator[None]:
+    """Inside, `load_part` loads nothing: for who wants the structure of a network whose weights do not exist yet."""
+    global _load_parts
+    _load_parts = False
+    try:
+        yield
+    finally:
+        _load_parts = True
+
+
 def load_part(module: nn.Module, path: Path, prefix: str, key: str) -> None:
     """Load a module from the part of a method's weights whose names start with `prefix`.
 
@@ -158,6 +174,8 @@ def load_part(module: nn.Module, path: Path, prefix: str, key: str) -> None:
     Raises:
         UserError: the file is missing or damaged, or of another network or other classes.
     """
+    if not _load_parts:
+        return
     state = {k.removeprefix(prefix): v for k, v in read_state_dict(path, key).items() if k.startswith(prefix)}
     wanted = module.state_dict()
     for name in wanted:

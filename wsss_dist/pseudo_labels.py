@@ -146,6 +146,8 @@ def _held(folder: Path) -> Iterator[None]:
                     f"pseudo labels: another process is making files in {folder}; wait for it, stop it, or choose "
                     "another --out"
                 ) from None
+        for mark in folder.glob(".shared-*"):  # of a start that was killed
+            mark.unlink()
 
     try:
         dist.on_main(take)

@@ -71,6 +71,17 @@ ALLOWED = {
         "wsss_dist.data",
         "wsss_dist.dist",
     },
+    "wsss_dist/scaling": {
+        "wsss_dist.scaling",
+        "wsss_dist.benchmark",
+        "wsss_dist.command",
+        "wsss_dist.config",
+        "wsss_dist.data",
+        "wsss_dist.dist",
+        "wsss_dist.engine",
+        "wsss_dist.methods",
+        "wsss_dist.pipeline",
+    },
     "wsss_dist/stages": {
         "kernels",
         "wsss_dist.stages",

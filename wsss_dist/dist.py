@@ -76,6 +76,16 @@ def init(
         td.init_process_group(backend, store=td.HashStore(), timeout=timeout, rank=0, world_size=1)
 
 
+def init_fake(rank: int, world_size: int) -> None:
+    """Be one rank of a group whose other members do not exist: every collective returns at once and moves nothing.
+
+    For counting what a rank of 1,000 asks for; what it computes is worthless.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    td.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
 def _choose_gpu(by_slurm: bool) -> None:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if by_slurm and count == 1 and any(name in os.environ for name in _BOUND):

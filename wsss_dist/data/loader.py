@@ -18,6 +18,7 @@ from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.decode import DamagedImage
 from wsss_dist.data.erased import fill_erased, read_manifest
 from wsss_dist.data.maps import check_maps, read_maps
+from wsss_dist.data.order import epoch_order
 from wsss_dist.data.transforms import augment, clear_padding, normalise, sample_generator
 from wsss_dist.errors import BadFile, UserError
 
@@ -25,11 +26,6 @@ from wsss_dist.errors import BadFile, UserError
 MAX_IN_A_ROW = 50
 # Training batches that each worker prepares ahead.
 PREFETCH = 4
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of the n images in `epoch`, int64 [n]."""
-    return np.random.default_rng(np.random.SeedSequence((seed, 0, epoch))).permutation(n)
 
 
 class TrainLoader:
@@ -122,7 +118,9 @@ class _ChunkSampler:
             first = step % steps_per_epoch * self.global_batch
             for m in range(self.chunks_per_step):
                 begin = (m * self.world_size + self.rank) * self.micro_batch
-                yield [(step, p, int(order[first + p])) for p in range(begin, begin + self.micro_batch)]
+                end = begin + self.micro_batch
+                images = order[first + begin : first + end].tolist()
+                yield [(step, p, i) for p, i in zip(range(begin, end), images, strict=True)]
 
 
 class _TrainSamples(torch.utils.data.Dataset):

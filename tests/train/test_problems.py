@@ -84,7 +84,7 @@ def evaluate(*arguments: str) -> int:
 
 
 def test_an_evaluation_stops_at_a_damaged_file_or_goes_on_without_it(tmp_path, root):
-    config = values(tmp_path, root, "a", train__steps=1, data__eval_splits=["val"], data__num_workers=0)
+    config = values(tmp_path, root, "a", data__eval_splits=["val"], data__num_workers=0)
     assert run_ranks(1, tmp_path, run, config) == [0]
     again = ("--run", str(tmp_path / "a"))
     mask, image = root / "masks/val/00001.png", root / "images/val/00002.jpg"

@@ -182,6 +182,15 @@ def test_prefetched_batches_are_used_up_first():
     assert PREFETCH == 4
 
 
+def test_a_worker_is_no_more_than_the_prefetched_batches_ahead():
+    numbers = iter(range(10**6))
+    long_one = lambda shape, rng: np.full(shape, 10.0 if next(numbers) == 20 else 0.0)  # noqa: E731
+    done = loaders.simulate(long_one, loaders.around(1.0, 0), ranks=1, workers=1, micro_batch=1, warmup=0, steps=30)
+    # batch 20 is begun when batch 16 is taken, four steps before it is asked for
+    assert done.waited[20] == pytest.approx(10 - PREFETCH)
+    assert done.waited.sum() == pytest.approx(10 - PREFETCH)
+
+
 def test_the_slowest_of_many_ranks_sets_the_pace():
     compute = loaders.around(1.0, 0.05)
     means = [

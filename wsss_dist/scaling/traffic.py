@@ -6,7 +6,7 @@ they train in). The payload of a collective is the whole tensor: what is reduced
     plain     all-reduce e T, with e = 4
     ZeRO 0    all-reduce e T
     ZeRO 1, 2 all-reduce e T, then all-gather of the new weights, e T padded: DeepSpeed reduces each bucket on every
-              rank and keeps its part (counted with 0.19.8, whose option reduce_scatter does not change that)
+              rank and keeps its part (counted with 0.19.8 at its defaults, on a CPU)
     ZeRO 3    all-gather e P before the forward pass (P: all elements, frozen ones too), reduce-scatter e T; as long as
               P is below stage3_max_live_parameters (1e9), else once more for the backward pass
 """

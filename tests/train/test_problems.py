@@ -13,6 +13,7 @@ import pytest
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_trainer import ROOT, run
+from wsss_dist import config, methods
 from wsss_dist.data.problems import REPLACED, STOPPED, read_problems
 from wsss_dist.data.synthetic import write_synthetic_dataset
 
@@ -80,12 +81,13 @@ def test_a_run_that_stops_names_what_it_stopped_at(tmp_path, root):
 
 def evaluate(*arguments: str) -> int:
     sys.argv = ["evaluate.py", *arguments]
+    methods.load_method = config.load_method  # knows the method of the tests
     return runpy.run_path(str(ROOT / "launch/evaluate.py"))["main"]()
 
 
 def test_an_evaluation_stops_at_a_damaged_file_or_goes_on_without_it(tmp_path, root):
-    config = values(tmp_path, root, "a", data__eval_splits=["val"], data__num_workers=0)
-    assert run_ranks(1, tmp_path, run, config) == [0]
+    training = values(tmp_path, root, "a", data__eval_splits=["val"], data__num_workers=0)
+    assert run_ranks(1, tmp_path, run, training) == [0]
     again = ("--run", str(tmp_path / "a"))
     mask, image = root / "masks/val/00001.png", root / "images/val/00002.jpg"
     mask.write_bytes(b"")

@@ -72,6 +72,7 @@ ALLOWED = {
         "wsss_dist.dist",
     },
     "wsss_dist/scaling": {
+        "wsss_dist.models",
         "wsss_dist.scaling",
         "wsss_dist.benchmark",
         "wsss_dist.command",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from torch import nn
 
 import kernels
 from tests.methods.pcre_runs import batches as pcre_batches
@@ -128,6 +129,23 @@ def test_attention_on_the_cpu_is_counted():
     product = 2 * (2 * 3) * 10 * 7 * 16
     assert forward == 2 * product
     assert counter.get_total_flops() == forward + 5 * product  # the scores once more, and four products
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_convolution_takes_twice_as_much_backward(groups, transposed):
+    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(8, 16, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(2, 8, 10, 12, requires_grad=True)
+    with flops.counted() as counter:
+        out = layer(x)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    places = 2 * (10 * 12 if transposed else 5 * 6)
+    assert forward == 2 * places * 9 * 8 * 16 // groups
+    assert counter.get_total_flops() == 3 * forward
+    with flops.counted() as counter:
+        layer(x.detach()).sum().backward()
+    assert counter.get_total_flops() == 2 * forward, "the gradient of the images is not asked for"
 
 
 @pytest.mark.parametrize(

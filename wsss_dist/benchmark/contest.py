@@ -31,6 +31,7 @@ from wsss_dist.engine import Engine, build_engine
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import BaseMethod
+from wsss_dist.models.pretrained import no_parts
 from wsss_dist.peers import operators
 from wsss_dist.precision import autocast
 from wsss_dist.schema import StrictModel
@@ -106,7 +107,8 @@ class Contest:
             self.classes = len(self.dataset.class_names)
         torch.manual_seed(cfg.run.seed)
         section = random_weights(cfg.method)
-        method = load_method(cfg.method_name).Method(section, self.classes, cfg.train.steps)
+        with no_parts():  # of networks that an earlier stage would have trained
+            method = load_method(cfg.method_name).Method(section, self.classes, cfg.train.steps)
         check_sizes(cfg, getattr(method, "patch_size", 1))
         self.method: BaseMethod = method.to(self.device).train()
         self.contestants = {OURS: Contestant(None)}

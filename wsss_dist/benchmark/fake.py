@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from wsss_dist.data.batch import Batch
 
 aten = torch.ops.aten
 # functions that autocast computes in fp32 on CUDA and not on the CPU, of those that a method may call in bf16
@@ -84,3 +88,20 @@ _IS_CUDA = Tensor.is_cuda.__get__
 
 def _widened(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
+
+
+def fake_batch(one: Batch, size: int) -> Batch:
+    """A batch of `size` images like the only one of `one`; fake while a `Fake` is entered."""
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty((size, *x.shape[1:]), dtype=x.dtype)
+
+    found = {f.name: getattr(one, f.name) for f in fields(one)}
+    tensors = {name: empty(x) for name, x in found.items() if isinstance(x, Tensor)}
+    return replace(one, **tensors, ids=one.ids * size, maps={name: empty(x) for name, x in one.maps.items()})
+
+
+def backward(loss: Tensor) -> None:
+    """loss.backward(), but with the function modes of `Fake` on, which that leaves: blocks are computed again in it."""
+    ones = torch.ones_like(loss)
+    _engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from kernels.measure import clock, seconds
 
@@ -67,10 +67,17 @@ def _measured(device: torch.device, precision: str) -> float:
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
+def _conv_backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """Each of the two gradients takes what the convolution itself took; torch's formula forgets the groups in one."""
+    *_, transposed, _, _, wanted = rest
+    return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed)
+
+
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Counts what is done inside; attention on the CPU too, which torch's table lacks."""
-    table, aten = {}, torch.ops.aten
+    aten = torch.ops.aten
+    table: dict[Any, Any] = {aten.convolution_backward: _conv_backward}
     for name, count in (("", sdpa_flop_count), ("_backward", sdpa_backward_flop_count)):
         operator = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{name}", None)
         if operator is not None:

@@ -8,22 +8,20 @@ take (`CONTEXT`) and what the allocator cannot use (`FRAGMENTATION`); both are a
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
+from torch import nn
 
 from kernels import backend
 from wsss_dist.benchmark import synthetic
 from wsss_dist.benchmark.contest import random_weights
-from wsss_dist.benchmark.fake import Fake
+from wsss_dist.benchmark.fake import Fake, backward, fake_batch
 from wsss_dist.benchmark.live import Live
 from wsss_dist.benchmark.scratch import scratch
 from wsss_dist.benchmark.state import engine_state
 from wsss_dist.config import RunConfig, check_sizes, check_world
-from wsss_dist.data.batch import Batch
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 from wsss_dist.models.pretrained import no_parts
@@ -137,14 +135,14 @@ class Prediction:
             kept: bytes of gradients from the micro batches before.
         """
         with self.fake.entered():
-            batch = self._batch(micro)
+            batch = fake_batch(self._one, micro)
             live = Live(scratch if self.cuda else None, self.method.parameters(), share, kept)
             live.known([*self.method.parameters(), *self.method.buffers()])
             inputs = live.known([batch.images, batch.labels, batch.boxes, batch.draws, *batch.maps.values()])
             with live:
                 with torch.autocast("cpu", torch.bfloat16, self.cfg.train.precision == "bf16", cache_enabled=False):
                     loss = self.method(batch, self.index)["loss"]
-                _backward(loss)
+                backward(loss)
                 del loss
             self.method.zero_grad(set_to_none=True)
             self.method.after_step(-1)  # a step that was skipped: what is kept for it is dropped
@@ -171,13 +169,6 @@ class Prediction:
         except UserError:  # norms over one number
             return False
 
-    def _batch(self, size: int) -> Batch:
-        """Fake, of the shapes that `synthetic.make_batch` has."""
-        one = self._one
-        found = {f.name: getattr(one, f.name) for f in fields(one)}
-        tensors = {name: _repeated(x, size) for name, x in found.items() if isinstance(x, Tensor)}
-        return replace(one, **tensors, ids=one.ids * size, maps={k: _repeated(v, size) for k, v in one.maps.items()})
-
 
 def _check_kernels(cfg: RunConfig) -> None:
     """The native operators say what they return without values; the plain torch of the references looks at them."""
@@ -186,16 +177,6 @@ def _check_kernels(cfg: RunConfig) -> None:
     for key, name in cfg.kernels.items():
         if name == "reference":
             raise UserError(f"config: 'kernels.{key}' is reference, whose memory is not predicted; set it to auto")
-
-
-def _backward(loss: Tensor) -> None:
-    """loss.backward(), but with the function modes of `fake` on, which that leaves: blocks are computed again in it."""
-    ones = torch.ones_like(loss)
-    _engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _repeated(x: Tensor, size: int) -> Tensor:
-    return torch.empty((size, *x.shape[1:]), dtype=x.dtype)
 
 
 def _cast(method: nn.Module) -> None:

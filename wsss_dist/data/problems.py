@@ -38,7 +38,7 @@ def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     # the reason may quote a damaged file, and a reader of CSV takes no cell of any length
     rows.writerows(sorted({tuple(cell[:_LONGEST] for cell in problem) for problem in problems}))
     # a name that is no text stays legible, and a NUL would end the table for its reader
-    write_whole(path, text.getvalue().replace("\0", "\\x00").encode("utf-8", "backslashreplace"))
+    write_whole(path, text.getvalue().replace("\0", "\\x00").encode("utf-8", "backslashreplace"), contested=True)
 
 
 def read_problems(path: Path) -> list[Problem]:

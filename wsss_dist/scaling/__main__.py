@@ -205,7 +205,10 @@ def _flops(args: argparse.Namespace) -> int:
     from wsss_dist.scaling.schedule import MEASURED, count_training
 
     name, cfg = _config(args)
-    _note(args.json or MEASURED, "trainings", {name: count_training(cfg, args.points)})
+    path = args.json or MEASURED
+    known = json.loads(path.read_text())["trainings"].get(name, {}) if path.exists() else {}
+    by_hand = {key: known[key] for key in ("view", "gathered", "predict") if key in known}
+    _note(path, "trainings", {name: {**count_training(cfg, args.points), **by_hand}})
     return 0
 
 

@@ -12,19 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from wsss_dist.benchmark import flops, synthetic
 from wsss_dist.benchmark.contest import random_weights
+from wsss_dist.benchmark.fake import Fake, backward, fake_batch
 from wsss_dist.config import RunConfig, parse_config, read_config
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
+from wsss_dist.models.pretrained import no_parts
 from wsss_dist.pipeline import Entry, Pipeline
 from wsss_dist.scaling.machine import Machine
 from wsss_dist.scaling.model import Work, step_parts
 
 MEASURED = Path(__file__).resolve().parents[2] / "docs" / "scaling.json"
+# of an image, about as many as in COCO and VOC
+TAGS = 3
 # images of the official splits; those of COCO that a config drops for want of a tag are not counted
 SPLITS = {"train_aug": 10582, "train": 1464, "val": 1449, "train2014": 82081, "train-81k": 82081, "train-82k": 82783}
 SPLITS |= {"val2014": 40504, "val-81k": 40137, "val-82k": 40504}
@@ -132,20 +135,22 @@ def work_of(name: str, cfg: RunConfig, known: dict[str, Any] | None = None, **ch
 def count_training(cfg: RunConfig, points: int) -> dict[str, Any]:
     """What docs/scaling.json holds of a training: operations of an image, mean over moments of the schedule, and sizes.
 
-    Forward and backward of two images (one where they keep their size) with random weights, on the device at hand.
+    Forward and backward of two images (one where they keep their size), on fake tensors: nothing is computed.
     """
-    torch.manual_seed(cfg.run.seed)
     classes = synthetic.num_classes(cfg.data)
-    method = load_method(cfg.method_name).Method(random_weights(cfg.method), classes, cfg.train.steps).train()
-    batch = synthetic.make_batch(cfg.data, classes, 1 if cfg.data.augment == "native" else 2, 0)
+    one = synthetic.make_batch(cfg.data, classes, 1, 0)
     total, forward = 0, 0
-    for k in range(points):
-        with flops.counted() as counter:
-            loss = method(batch, int((k + 0.5) / points * cfg.train.steps))["loss"]
-            forward = counter.get_total_flops()
-            loss.backward()
-        total += counter.get_total_flops()
-        method.zero_grad(set_to_none=True)
+    with Fake(TAGS, cuda=False).entered(), no_parts():
+        method = load_method(cfg.method_name).Method(random_weights(cfg.method), classes, cfg.train.steps).train()
+        batch = fake_batch(one, 1 if cfg.data.augment == "native" else 2)
+        for k in range(points):
+            with flops.counted() as counter:
+                loss = method(batch, int((k + 0.5) / points * cfg.train.steps))["loss"]
+                forward = counter.get_total_flops()
+                backward(loss)
+            total += counter.get_total_flops()
+            method.zero_grad(set_to_none=True)
+            method.after_step(-1)  # a step that was skipped: what is kept for it is dropped
     images, groups = len(batch), method.param_groups()
     work = sum(p.numel() for m in method.modules() if isinstance(m, nn.Conv2d) for p in m.parameters())
     return {

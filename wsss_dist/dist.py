@@ -295,9 +295,8 @@ def shared(total: int, block: int = 4) -> Iterator[Iterator[int]]:
     except UserError as caught:
         error = caught
         store.add(key, total)
-    messages = all_gather_object(error and str(error))
-    if message := next((m for m in messages if m is not None), None):
-        raise error if error is not None and str(error) == message else UserError(message)
+    if (first := next((e for e in all_gather_object(error) if e is not None), None)) is not None:
+        raise first
 
 
 def _handed_out(store: Any, key: str, total: int, block: int) -> Iterator[int]:

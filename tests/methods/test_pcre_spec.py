@@ -13,6 +13,7 @@ from tests.methods.tiny import random_batch, tiny_method
 from wsss_dist import cam as cams
 from wsss_dist.methods import pcre
 from wsss_dist.methods.base import Views
+from wsss_dist.models.vit import Features
 
 ZERO = {k: 0.0 for k in ("aux", "ptc", "conf", "refine", "cpe", "seg", "reg")}
 CRME = {"query_grid": 4, "heads": 4, "ffn": 64}
@@ -37,7 +38,7 @@ def test_pcre_check_5_cpe_reaches_class_tokens_keys_and_values_but_not_patches(m
 
     def kept(images):
         features = original(images)
-        if features.patches.requires_grad:
+        if isinstance(features, Features) and features.patches.requires_grad:
             features.patches.retain_grad()
             seen.append(features)
         return features

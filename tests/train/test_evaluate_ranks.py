@@ -143,7 +143,7 @@ def test_a_damaged_image_ends_every_rank_with_one_message(tmp_path):
     ends = run_ranks(3, tmp_path, _evaluate, tmp_path / "run", {"val": 22}, 0, None, (5, 9), fails=True)
     assert ends == [ends[0]] * 3
     kind, message = ends[0]
-    assert kind == "UserError" and "cannot be read (the file is empty)" in message
+    assert kind == "BadFile" and "cannot be read (the file is empty)" in message
     assert any(f"image c/{i}.jpg of the evaluation split" in message for i in (5, 9))
 
 

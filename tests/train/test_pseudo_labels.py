@@ -146,8 +146,8 @@ def test_any_number_of_ranks_makes_the_same_bytes(ranks, run_dir, whole, tmp_pat
 
 @pytest.mark.parametrize("kind", MAPS)
 def test_two_ranks_make_the_same_maps(kind, run_dir, tmp_path):
-    make(run_dir, tmp_path / "one", kind)
-    run_ranks(2, tmp_path, make, run_dir, tmp_path / "two", kind)
+    for ranks, name in ((1, "one"), (2, "two")):
+        run_ranks(ranks, tmp_path, make, run_dir, tmp_path / name, kind)
     assert len(digests(tmp_path / "one")) == TRAIN and digests(tmp_path / "one") == digests(tmp_path / "two")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.ranks import _context
+from tests.train.ranks import _context, run_ranks
 from tests.train.test_nodes import free_port
 from tests.train.test_pseudo_labels import ROOT, digests, make, small_run
 
@@ -77,7 +77,7 @@ def count(out: Path) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="process groups as on Linux")
 @pytest.mark.parametrize("kind", ["seg_tags_crf", "maps"])
 def test_killed_at_random_moments(kind, run_dir, tmp_path):
-    make(run_dir, tmp_path / "once", kind)
+    run_ranks(1, tmp_path, make, run_dir, tmp_path / "once", kind)  # on one thread, as the ranks
     once, out = digests(tmp_path / "once"), tmp_path / "often"
     assert len(once) == IMAGES
     draw, hits, first_file = random.Random(kind), [], None

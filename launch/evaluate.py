@@ -39,14 +39,12 @@ def _evaluate() -> int:
 
 def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> None:
     from wsss_dist import dist
-    from wsss_dist.checkpoint import load_model_weights
     from wsss_dist.config import load_config
     from wsss_dist.errors import UserError
     from wsss_dist.evaluate import evaluate_splits, open_splits
-    from wsss_dist.methods import load_method
     from wsss_dist.precision import autocast
     from wsss_dist.report import build_report, load_result, results_text
-    from wsss_dist.trained import without_weights
+    from wsss_dist.trained import load_newest
     from wsss_dist.trainer import configure_kernels
 
     if not (run_dir / "config.yaml").is_file():
@@ -57,13 +55,11 @@ def evaluate(run_dir: Path, splits: list[str] | None, overrides: list[str]) -> N
         raise UserError("command line: no split to evaluate on; give --split NAME, or set data.eval_splits")
     dist.init(cfg.train.timeout_s)
     configure_kernels(cfg.kernels)
-    num_classes = len(next(iter(open_splits(cfg, splits).values())).class_names)
-    method = load_method(cfg.method_name).Method(without_weights(cfg.method), num_classes, cfg.train.steps)
-    step = load_model_weights(run_dir, method)
-    method.after_load()
+    class_names = next(iter(open_splits(cfg, splits).values())).class_names
+    method, checkpoint = load_newest(cfg, run_dir, class_names)
     note = _weights_note(cfg, run_dir)
     with autocast(cfg.train.precision == "bf16"):
-        evaluate_splits(method.to(dist.device()), cfg, splits, run_dir, step, weights_note=note)
+        evaluate_splits(method, cfg, splits, run_dir, checkpoint["step"], weights_note=note)
     report = dist.on_main(lambda: build_report(run_dir))
     if dist.is_main():
         print(results_text(load_result(run_dir)))

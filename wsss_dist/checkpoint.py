@@ -11,6 +11,7 @@ not a checkpoint: it is set aside as bad-*, reported, never deleted.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -74,7 +75,7 @@ class Checkpoints:
         self._stage(temporary, needed, lambda: _save_rank(mine, engine.module), everywhere=True)
         self._stage(temporary, needed, lambda: self._commit(temporary, final, step))
         if dist.is_main():
-            for old in self._numbered()[self.keep :]:
+            for old in _numbered(self.root)[self.keep :]:
                 shutil.rmtree(self.root / f"ckpt-{old}", ignore_errors=True)
         return final
 
@@ -84,7 +85,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it has not.
         """
-        free = dist.broadcast_object(_free(self.root))
+        free = dist.on_main(self._room)
         if free < engine.checkpoint_bytes:
             raise CheckpointError(
                 f"checkpoint: one needs about {engine.checkpoint_bytes} bytes, {free} are free on the disk of "
@@ -115,9 +116,11 @@ class Checkpoints:
             fill_buffers(engine.module, load_file(folder / WEIGHTS))
         return manifest["step"]
 
-    def _numbered(self) -> list[int]:
-        names = (p.name.removeprefix("ckpt-") for p in self.root.glob("ckpt-*"))
-        return sorted((int(n) for n in names if n.isdecimal()), reverse=True)
+    def _room(self) -> int:
+        """Free bytes, what a save that was killed left behind counted in; the run has the lock of its folder."""
+        for stale in self.root.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        return _free(self.root)
 
     def _stage(self, temporary: Path, needed: int, action: Callable[[], Any], everywhere: bool = False) -> None:
         """Run one part of a save on rank 0, or on every rank, and fail on all ranks when it fails on any."""
@@ -141,9 +144,7 @@ class Checkpoints:
 
     def _open(self, temporary: Path, needed: int) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob(".tmp-*"):
-            shutil.rmtree(stale)
-        if _free(self.root) < needed:
+        if self._room() < needed:
             raise OSError(f"no space left on the device of {self.root}")
         temporary.mkdir()
 
@@ -162,11 +163,11 @@ class Checkpoints:
         _fsync(self.root)
 
     def _newest(self) -> tuple[Path, dict] | None:
-        for step in self._numbered():
+        for step in _numbered(self.root):
             folder = self.root / f"ckpt-{step}"
             try:
                 return folder, _verify(folder, step)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except _Damaged as error:
                 self._set_aside(folder, str(error))
         return None
 
@@ -213,44 +214,59 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, A
     return [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
 
 
-def load_model_weights(run_dir: Path, module: nn.Module) -> int:
-    """Load the weights of the newest good checkpoint of a run into its method, for inference; a collective call.
-
-    Returns:
-        the number of steps the weights stand after.
-    Raises:
-        UserError: there is no good checkpoint, or it is of another model.
-    """
-    root = Path(run_dir) / "checkpoints"
-    found = dist.on_main(Checkpoints(root, keep=1, identity={})._newest)
-    if found is None:
-        raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
-    folder, manifest = found
-    try:
-        module.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise UserError(
-            f"checkpoint: {folder} is of another model than the config says ({str(error).splitlines()[-1].strip()}); "
-            "take back the changed method settings"
-        ) from None
-    return manifest["step"]
+def newest_step(run_dir: Path) -> int:
+    """Steps after which the newest checkpoint of a run stands, good or not; 0 where there is none."""
+    return max(_numbered(Path(run_dir) / "checkpoints"), default=0)
 
 
-def newest_weights(run_dir: Path) -> Path:
-    """The weights file of the newest good checkpoint of a run; on one rank alone.
+def newest_good(run_dir: Path, report: Callable[[str], None] = print) -> tuple[Path, dict]:
+    """Folder and manifest of the newest good checkpoint of a run, which may be in training; on one rank alone.
+
+    Nothing is moved: only the run itself, which has the lock of its folder, sets damaged ones aside.
 
     Raises:
-        UserError: there is no good checkpoint.
+        UserError: there is none.
     """
-    root = Path(run_dir) / "checkpoints"
-    found = Checkpoints(root, keep=1, identity={})._newest()
-    if found is None:
-        raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
-    return found[0] / WEIGHTS
+    root, told = Path(run_dir) / "checkpoints", set()
+    while steps := [step for step in _numbered(root) if step not in told]:
+        folder = root / f"ckpt-{steps[0]}"
+        try:
+            return folder, _verify(folder, steps[0])
+        except _Damaged as error:
+            if folder.is_dir():  # else a newer one has taken its place meanwhile
+                report(f"checkpoint {folder} is not used ({error})")
+            told.add(steps[0])
+    raise UserError(f"checkpoint: {root} holds no good checkpoint; train the run first, or name another run folder")
+
+
+def _numbered(root: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, the newest first."""
+    names = (p.name.removeprefix("ckpt-") for p in root.glob("ckpt-*"))
+    return sorted((int(n) for n in names if n.isdecimal()), reverse=True)
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what its manifest says."""
 
 
 def _verify(folder: Path, step: int) -> dict:
-    """The manifest of a checkpoint whose files all match it; ValueError or OSError says what is wrong."""
+    """The manifest of a checkpoint whose files all match it.
+
+    Raises:
+        _Damaged: they do not.
+        OSError: they cannot be read for a reason that is not theirs, such as no access or too many open files.
+    """
+    try:
+        return _verified(folder, step)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(str(error)) from None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+            raise _Damaged(str(error)) from None
+        raise
+
+
+def _verified(folder: Path, step: int) -> dict:
     manifest = json.loads((folder / _MANIFEST).read_text())
     if manifest["sha256"] != _digest({k: v for k, v in manifest.items() if k != "sha256"}) or manifest["step"] != step:
         raise ValueError(f"{_MANIFEST} is damaged")

@@ -9,10 +9,11 @@
 The folder of a stage is run.dir/run.name/<stage>. `${classifier}` in a value stands for the folder of an earlier stage
 and makes that stage an input. `train` is a run of the trainer; every other kind is a module of wsss_dist/stages.
 
-A finished stage leaves stage.json: its section, the digests of its inputs, the digest of what it made. It is skipped as
-long as section and inputs are the same; otherwise its folder is set aside as <stage>.old and it runs again, and with it
-whatever depends on it, if it makes something else. A stage that was killed goes on where it was: at its newest
-checkpoint, or with the files that are missing.
+A finished stage leaves stage.json: its section (but for keys that cannot change what it makes), the names and tags of
+its images, the digests of its inputs, the digest of what it made. It is skipped as long as these are the same and its
+files are there; otherwise its folder is set aside as <stage>.old and it runs again, and with it whatever depends on it,
+if it makes something else. A stage that was killed goes on where it was: at its newest checkpoint, or with the files
+that are missing.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsss_dist import dist
-from wsss_dist.agreement import check_same, check_shared, facts_of_config
-from wsss_dist.checkpoint import RunLock
+from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data
+from wsss_dist.checkpoint import RunLock, newest_step
 from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
 from wsss_dist.data.problems import noted
 from wsss_dist.errors import UserError
 from wsss_dist.files import write_whole
+from wsss_dist.keys import changes_nothing
 from wsss_dist.pipeline_report import build_pipeline_report, scores_text
 from wsss_dist.report import ReportConfig
 from wsss_dist.schema import StrictModel, parse
 from wsss_dist.stages import load_kind, stage_kinds
-from wsss_dist.stages.base import Stage
+from wsss_dist.stages.base import Stage, split_names
 from wsss_dist.trained import export_weights
 from wsss_dist.trainer import DONE, Trainer, commit, configure_kernels
 
@@ -87,6 +88,8 @@ class Pipeline:
         self.data = parse(DataConfig, values["data"], "data") if "data" in values else None
         self.report = parse(ReportConfig, values.get("report", {}), "report")
         self._lock: RunLock | None = None
+        self._fresh: set[str] = set()  # stages that are known to be done with this config
+        self._images: dict[str, str] = {}  # data section and split -> images and classes, as found
         self.entries: dict[str, Entry] = {}
         for name, section in stages.items():
             self.entries[name] = self._entry(name, section, values)
@@ -154,7 +157,7 @@ class Pipeline:
     def _start(self, entries: list[Entry]) -> int:
         for entry in entries:
             key = self._key(entry)
-            if dist.on_main(lambda entry=entry, key=key: _is_done(entry, key)):
+            if self._is_done(entry, key):
                 _say(f"stage {entry.name}: done before, and nothing it depends on has changed")
                 continue
             dist.on_main(lambda entry=entry, key=key: _open(entry, key))
@@ -166,6 +169,7 @@ class Pipeline:
             # of this start alone, where the stage was killed before
             made = {"seconds": round(time.perf_counter() - begin, 1), "scores": scores}
             dist.on_main(lambda entry=entry, key=key, made=made: _close(entry, key, made))
+            self._fresh.add(entry.name)
             _say(f"stage {entry.name}: done in {made['seconds']:.0f} s")
         current = self._current()
         report = dist.on_main(lambda: self._report(current))
@@ -181,13 +185,20 @@ class Pipeline:
 
     def _current(self) -> list[str]:
         """The stages that are done with this config and these inputs: a part of a run may leave others as they were."""
-        names: list[str] = []
-        for entry in self.entries.values():
-            if all(other in names for other in entry.inputs):
-                key = self._key(entry)
-                if dist.on_main(lambda entry=entry, key=key: _is_done(entry, key)):
-                    names.append(entry.name)
-        return names
+        return [name for name, entry in self.entries.items() if self._is_current(entry)]
+
+    def _is_current(self, entry: Entry) -> bool:
+        """Is a stage done with this config, and all that it reads?"""
+        if entry.name in self._fresh:
+            return True
+        return all(self._is_current(self.entries[other]) for other in entry.inputs) and self._is_done(
+            entry, self._key(entry)
+        )
+
+    def _is_done(self, entry: Entry, key: dict[str, Any]) -> bool:
+        if done := dist.on_main(lambda: _is_done(entry, key)):
+            self._fresh.add(entry.name)
+        return done
 
     def _run(self, entry: Entry) -> tuple[int, dict[str, Any] | None]:
         """Exit status and scores, split -> kind -> metrics; None for a training that is not at its end."""
@@ -197,7 +208,7 @@ class Pipeline:
             with noted(entry.folder):
                 return DONE, load_kind(entry.kind).run(Stage(entry.name, entry.folder, entry.config, _say))
         status = Trainer(entry.config).train()
-        if status != DONE or dist.on_main(lambda: _steps_done(entry.folder)) < entry.config.train.steps:
+        if status != DONE or dist.on_main(lambda: newest_step(entry.folder)) < entry.config.train.steps:
             return status, None  # stopped, with a checkpoint to go on from
         data = entry.config.data
         dist.on_main(lambda: export_weights(entry.folder, build_dataset(data, data.train_split).class_names))
@@ -208,13 +219,38 @@ class Pipeline:
         inputs = {}
         for other in entry.inputs:
             made = dist.on_main(lambda other=other: _read(self.entries[other].folder / DONE_FILE))
-            if made is None:
+            if made is None or not self._is_current(self.entries[other]):
+                state = "not done" if made is None else "done with another config, other data or other inputs"
                 raise UserError(
-                    f"stage '{entry.name}' reads stage '{other}', which is not done; run the config without --stage, "
+                    f"stage '{entry.name}' reads stage '{other}', which is {state}; run the config without --stage, "
                     f"or with --stage {other} first"
                 )
             inputs[other] = made["outputs"]
-        return {"kind": entry.kind, "section": entry.section, "seed": self.run.seed, "inputs": inputs}
+        return {
+            "kind": entry.kind,
+            "section": _counting(entry.section),
+            "data": self._data_of(entry),
+            "seed": self.run.seed,
+            "inputs": inputs,
+        }
+
+    def _data_of(self, entry: Entry) -> dict[str, str]:
+        """Split -> images and classes; a collective call, which holds that they are the same on every rank."""
+        cfg = entry.config.data
+        names = split_names(entry.config) if entry.kind != "train" else [cfg.train_split, *cfg.eval_splits]
+        key_of = {name: f"{cfg.model_dump_json()} {name}" for name in dict.fromkeys(names)}
+
+        def facts() -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for name, key in key_of.items():
+                if key not in self._images:
+                    of_split = facts_of_data(name, build_dataset(cfg, name))
+                    self._images[key] = "; ".join(of_split.values())
+                    found |= of_split
+            return found
+
+        check_same(facts)
+        return {name: self._images[key] for name, key in key_of.items()}
 
 
 def _takes(kind: str, key: str) -> bool:
@@ -232,6 +268,14 @@ def _sections(section: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]
                 shared = {**shared, "eval_splits": []}
             out[key] = merged(shared, section.get(key, {}))
     return out
+
+
+def _counting(value: Any, key: str = "") -> Any:
+    """The nested value without the keys that cannot change what a stage makes."""
+    if not isinstance(value, dict):
+        return value
+    named = ((f"{key}.{name}" if key else name, name, inner) for name, inner in value.items())
+    return {name: _counting(inner, dotted) for dotted, name, inner in named if not changes_nothing(dotted)}
 
 
 def _references(value: Any) -> list[str]:
@@ -254,17 +298,18 @@ def _resolved(value: Any, folder: Path) -> Any:
 
 def _is_done(entry: Entry, key: dict[str, Any]) -> bool:
     made = _read(entry.folder / DONE_FILE)
-    return made is not None and made["key"] == _digest(key)
+    return made is not None and made["key"] == _digest(key) and made.get("files") == len(_outputs(entry))
 
 
 def _open(entry: Entry, key: dict[str, Any]) -> None:
     """Start a stage, or go on with it: what another section or other inputs made is set aside."""
     started = _read(entry.folder / STARTED_FILE)
     if entry.folder.exists() and (started is None or started["key"] != _digest(key)):
-        old = entry.folder.with_name(f"{entry.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
+        number = 1
+        while (old := entry.folder.with_name(f"{entry.name}.old{f'-{number}' if number > 1 else ''}")).exists():
+            number += 1
         entry.folder.rename(old)
+        _say(f"stage {entry.name}: what other settings, images or inputs have made is kept as {old.name}")
     entry.folder.mkdir(parents=True, exist_ok=True)
     (entry.folder / DONE_FILE).unlink(missing_ok=True)
     _write(entry.folder / STARTED_FILE, {"key": _digest(key)})
@@ -273,12 +318,11 @@ def _open(entry: Entry, key: dict[str, Any]) -> None:
 def _close(entry: Entry, key: dict[str, Any], made: dict[str, Any]) -> None:
     """Write the manifest of a finished stage."""
     manifest = {"stage": entry.name, "key": _digest(key), **key, "commit": commit()}
-    _write(entry.folder / DONE_FILE, {**manifest, "outputs": _digest_of_outputs(entry), **made})
-
-
-def _steps_done(folder: Path) -> int:
-    """Steps of the newest checkpoint of a training."""
-    return max((int(p.name.removeprefix("ckpt-")) for p in folder.glob("checkpoints/ckpt-*")), default=0)
+    files = _outputs(entry)
+    _write(
+        entry.folder / DONE_FILE,
+        {**manifest, "outputs": _digest_of(files, entry.folder), "files": len(files), **made},
+    )
 
 
 def _trained_scores(folder: Path) -> dict[str, Any]:
@@ -287,15 +331,19 @@ def _trained_scores(folder: Path) -> dict[str, Any]:
     return {} if result is None else {split: record["kinds"] for split, record in result["splits"].items()}
 
 
-def _digest_of_outputs(entry: Entry) -> str:
-    """SHA-256 over names and contents of what later stages may read: the weights, or the files below out/."""
+def _outputs(entry: Entry) -> list[Path]:
+    """The files that later stages may read: the weights, or all below out/."""
     files = [entry.folder / "model.safetensors"] if entry.kind == "train" else sorted(entry.folder.glob("out/**/*"))
+    return [path for path in files if path.is_file()]
+
+
+def _digest_of(files: list[Path], folder: Path) -> str:
+    """SHA-256 over the names and contents of files."""
     total = hashlib.sha256()
     for path in files:
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.relative_to(entry.folder)} {digest}\n".encode())
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder)} {digest}\n".encode())
     return total.hexdigest()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,15 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_dist import dist
-from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data
-from wsss_dist.checkpoint import load_model_weights, newest_weights
+from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data, flat
 from wsss_dist.config import RunConfig
 from wsss_dist.crf import LabelCRFConfig, crf_labels, crf_of_labels
 from wsss_dist.data.batch import EvalSample, batch_of
+from wsss_dist.engine import WEIGHTS
 from wsss_dist.errors import UserError
 from wsss_dist.evaluate import inference, network_input
 from wsss_dist.files import write_whole
-from wsss_dist.methods import load_method
+from wsss_dist.keys import is_place
 from wsss_dist.methods.base import Prediction, Views
 from wsss_dist.scoring import resized, resized_labels
 from wsss_dist.stages.base import (
@@ -48,7 +47,7 @@ from wsss_dist.stages.base import (
     scores_writer,
 )
 from wsss_dist.stages.scores import score_labels, score_maps
-from wsss_dist.trained import without_weights
+from wsss_dist.trained import load_newest
 
 MANIFEST = "pseudo_labels.json"
 LABELS = {
@@ -97,16 +96,15 @@ def make_pseudo_labels(
         UserError: no checkpoint, a method without such an output, files of other settings in `out`, a damaged image;
             another process makes files in `out`, or not every node sees it.
     """
-    stage = Stage(out.name, out, StageConfig(data=cfg.data, splits=splits), say)
+    # every image, also of a split of which the evaluations of a training see data.val_limit alone
+    data = cfg.data.model_copy(update={"val_limit": None})
+    stage = Stage(out.name, out, StageConfig(data=data, splits=splits), say)
     check_same(lambda: _facts(stage, cfg, kind))
     names = {tuple(dataset.class_names) for dataset, _ in stage.splits().values()}
     if len(names) > 1:
         raise UserError(f"data: the splits {', '.join(splits)} have different classes; make their files one by one")
-    method = load_method(cfg.method_name).Method(without_weights(cfg.method), len(names.pop()), cfg.train.steps)
-    step = load_model_weights(run_dir, method)
-    method.after_load()
-    method.to(dist.device())
-    views = _views(cfg, kind, step)
+    method, checkpoint = load_newest(cfg, run_dir, list(names.pop()))
+    views = _views(cfg, kind, checkpoint["step"])
 
     def work(sample: EvalSample, *_: Any) -> Callable[[IO], None] | None:
         if kind in MAPS and not sample.labels.any():
@@ -116,7 +114,7 @@ def make_pseudo_labels(
         return _writer(prediction, sample, cfg, kind)
 
     with _held(out):
-        dist.on_main(lambda: _check_manifest(stage, cfg, run_dir, kind, step))
+        dist.on_main(lambda: _check_manifest(stage, cfg, kind, checkpoint))
         check_shared(out, "--out")
         start = time.perf_counter()
         with inference(method):
@@ -239,17 +237,17 @@ def _scores(stage: Stage, kind: str) -> dict[str, dict[str, Any]]:
     return {split: kinds[kind] for split, kinds in found.items()}
 
 
-def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step: int) -> None:
+def _check_manifest(stage: Stage, cfg: RunConfig, kind: str, checkpoint: dict[str, Any]) -> None:
     """Write OUT/pseudo_labels.json, or hold that the one there is the same but for the splits."""
-    with open(newest_weights(run_dir), "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    method = flat("", cfg.method.model_dump(mode="json"))
     settings = {
         "run": cfg.run.name,
-        "method": cfg.method_name,
-        "step": step,
-        "weights": weights,
+        "method": {"name": cfg.method_name, **{k: v for k, v in method.items() if not is_place(f"method.{k}")}},
+        "step": checkpoint["step"],
+        "weights": checkpoint["files"][WEIGHTS]["sha256"],
         "kind": kind,
         "eval": cfg.eval.model_dump(mode="json", exclude={"limit", "batch"}),
+        "kernels": cfg.kernels,
     }
     images = {split: dataset.digest() for split, (dataset, _) in stage.splits().items()}
     path = stage.folder / MANIFEST
@@ -261,7 +259,7 @@ def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step
                 raise ValueError("no 'images' in it")
         except ValueError as error:
             raise UserError(
-                f"pseudo labels: {path} is no manifest ({error}); choose another --out, or delete it"
+                f"pseudo labels: {path} is no manifest ({error}); choose another --out, or delete {stage.folder}"
             ) from None
         changed = [k for k, v in settings.items() if known.get(k) != v]
         changed += [f"images of {s}" for s, v in images.items() if known["images"].get(s, v) != v]
@@ -270,4 +268,9 @@ def _check_manifest(stage: Stage, cfg: RunConfig, run_dir: Path, kind: str, step
                 f"pseudo labels: {path} is of other settings ({', '.join(changed)}), so the files there are others; "
                 f"expected the same: choose another --out, or delete {stage.folder}"
             )
+    elif any((stage.folder / "out").glob("*")):
+        raise UserError(
+            f"pseudo labels: {stage.folder / 'out'} holds files, but {path}, which says what they are, is missing; "
+            f"choose another --out, or delete {stage.folder}"
+        )
     write_whole(path, json.dumps({**settings, "images": {**known["images"], **images}}, indent=1))

@@ -12,9 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from wsss_dist import dist
-from wsss_dist.checkpoint import newest_weights
+from wsss_dist.checkpoint import newest_good
 from wsss_dist.config import RunConfig, load_config, merged
 from wsss_dist.engine import WEIGHTS
 from wsss_dist.errors import UserError
@@ -30,9 +31,9 @@ def export_weights(run_dir: Path, class_names: list[str]) -> Path:
     Raises:
         UserError: there is no good checkpoint.
     """
-    source, path = newest_weights(run_dir), run_dir / WEIGHTS
+    (source, _), path = newest_good(run_dir), run_dir / WEIGHTS
     with whole_file(path) as partial:
-        save_file(load_file(source), partial, metadata={"classes": json.dumps(class_names)})
+        save_file(load_file(source / WEIGHTS), partial, metadata={"classes": json.dumps(class_names)})
     return path
 
 
@@ -47,6 +48,10 @@ def check_classes(path: Path, class_names: list[str]) -> None:
             known = json.loads((file.metadata() or {}).get("classes", "null"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"weights file {path} cannot be read ({error}); run the stage that makes it again") from None
+    _hold_classes(path, known, class_names)
+
+
+def _hold_classes(path: Path, known: list[str] | None, class_names: list[str]) -> None:
     if known is not None and known != class_names:
         differ = [f"{a!r} there, {b!r} here" for a, b in zip(known, class_names, strict=False) if a != b]
         found = differ[0] if differ else f"{len(known)} there, {len(class_names)} here"
@@ -73,16 +78,49 @@ def load_trained(
     if changes:
         section = merged(cfg.method.model_dump(), changes)
         cfg = cfg.model_copy(update={"method": parse(type(cfg.method), section, "method")})
+    path = run_dir / WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights file {path} cannot be read ({error}); run the stage that makes it again") from None
+    return cfg, _method(cfg, class_names, state, path, f"run the stage '{run_dir.name}' again").eval()
+
+
+def load_newest(cfg: RunConfig, run_dir: Path, class_names: list[str]) -> tuple[BaseMethod, dict[str, Any]]:
+    """The method of a run with the weights of its newest good checkpoint, on this rank's device; a collective call.
+
+    The run may be in training.
+
+    Args:
+        cfg: of the run.
+        run_dir: its folder.
+        class_names: what the method has to tell apart.
+    Returns:
+        the method and the checkpoint's manifest: "step", and the "sha256" of each of its "files".
+    Raises:
+        UserError: there is no good checkpoint, or it is of other classes or of another model.
+    """
+    while True:
+        folder, manifest = dist.on_main(lambda: newest_good(run_dir))
+        try:
+            state = load_file(folder / WEIGHTS)
+        except FileNotFoundError:  # the training has a newer one and took this away
+            state = None
+        if all(dist.all_gather_object(state is not None)):
+            break
+    _hold_classes(folder / WEIGHTS, manifest["identity"].get("data classes"), class_names)
+    return _method(cfg, class_names, state, folder / WEIGHTS, "take back the changed method settings"), manifest
+
+
+def _method(cfg: RunConfig, class_names: list[str], state: dict[str, Tensor], path: Path, fix: str) -> BaseMethod:
     method = load_method(cfg.method_name).Method(without_weights(cfg.method), len(class_names), cfg.train.steps)
     try:
-        method.load_state_dict(load_file(run_dir / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"weights file {run_dir / WEIGHTS} does not fit {run_dir / 'config.yaml'} "
-            f"({str(error).splitlines()[-1].strip()}); run the stage '{run_dir.name}' again"
-        ) from None
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"weights file {path} is of another model than its config says ({reason}); {fix}") from None
     method.after_load()
-    return cfg, method.to(dist.device()).eval()
+    return method.to(dist.device())
 
 
 def config_of(run_dir: Path) -> RunConfig:

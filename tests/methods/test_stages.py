@@ -174,27 +174,34 @@ def write(path, writer):
 def test_files_come_back_as_they_were_written(tmp_path):
     scores = Scores(torch.tensor([0, 3]), torch.rand(2, 9, 11), torch.rand(2, 3, 3))
     write(output(tmp_path, "train", "a/b", ".npz"), scores_writer(scores))
-    got = read_scores(tmp_path, "train", "a/b", (9, 11), 4)
+    got = read_scores(tmp_path, "train", "a/b", (9, 11), torch.tensor([1.0, 0, 0, 1]))
     assert torch.equal(got.classes, scores.classes) and torch.equal(got.maps, scores.maps.half().float())
     assert torch.equal(got.small, scores.small.half().float())
     write(output(tmp_path, "train", "a/b", ".png"), png_writer(torch.arange(99).view(9, 11)))
     assert torch.equal(read_png(tmp_path, "train", "a/b", (9, 11)), torch.arange(99).view(9, 11).byte())
-    assert read_scores(tmp_path, "train", "other", (9, 11), 4) is None
+    assert read_scores(tmp_path, "train", "other", (9, 11), torch.zeros(4)) is None
+    assert read_png(tmp_path, "train", "a/b").shape == (9, 11)
 
 
 @pytest.mark.parametrize(
-    ("size", "classes", "message"),
+    ("size", "labels", "message"),
     [
-        ((9, 12), 4, "is 9 x 11 .height x width., the image 9 x 12"),
-        ((9, 11), 3, r"holds the classes .3.; expected indices 0..2"),
+        ((9, 12), [1, 0, 0, 1], "is 9 x 11 .height x width., the image 9 x 12"),
+        ((9, 11), [1, 0, 1], r"holds the classes .3.; expected indices 0..2"),
+        ((9, 11), [1, 1, 0, 1], r"holds the classes .0, 3., the tags of the image are .0, 1, 3."),
     ],
 )
-def test_scores_that_do_not_fit_name_the_file_and_the_stage(tmp_path, size, classes, message):
+def test_scores_that_do_not_fit_name_the_file_and_the_stage(tmp_path, size, labels, message):
     folder = tmp_path / "cams"
     writer = scores_writer(Scores(torch.tensor([0, 3]), torch.rand(2, 9, 11)))
     write(output(folder, "train", "a", ".npz"), writer)
     with pytest.raises(UserError, match=f"train/a.npz cannot be used: {message}.*: the stage 'cams' makes it"):
-        read_scores(folder, "train", "a", size, classes)
+        read_scores(folder, "train", "a", size, torch.tensor(labels))
+
+
+def test_scores_that_are_missing_are_none_of_an_image_without_tags(tmp_path):
+    with pytest.raises(UserError, match="cams/out/train/a.npz is missing; expected the maps of the 2 tags"):
+        read_scores(tmp_path / "cams", "train", "a", (9, 11), torch.tensor([1, 0, 1]))
 
 
 def test_a_missing_png_names_the_file_and_the_stage(tmp_path):

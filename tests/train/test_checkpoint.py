@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 from wsss_dist import checkpoint, dist
-from wsss_dist.checkpoint import RunLock
+from wsss_dist.checkpoint import RunLock, newest_good, newest_step
 from wsss_dist.errors import UserError
 
 SHORT = {"train__steps": 8, "train__global_batch": 4}
@@ -106,6 +107,43 @@ def _resume_at(case: tuple) -> tuple:
     return work.resume(*case)
 
 
+def test_who_only_reads_moves_nothing(saved, capsys, monkeypatch):
+    """An evaluation beside the training: the newest good checkpoint counts, and damaged ones stay where they are."""
+    _, root = saved
+    assert newest_good(root.parent)[0] == root / "ckpt-4" and newest_step(root.parent) == 4
+    shutil.copytree(root / "ckpt-4", root / "ckpt-4.bak")
+    (root / "ckpt-4/engine.pt").unlink()
+    folder, manifest = newest_good(root.parent)
+    assert folder == root / "ckpt-2" and manifest["step"] == 2 and newest_step(root.parent) == 4
+    assert "ckpt-4 is not used (engine.pt is missing)" in capsys.readouterr().out
+    there = sorted(p.name for p in root.iterdir())
+    assert there == ["ckpt-2", "ckpt-4", "ckpt-4.bak"]
+
+    def no_more_files(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sha256", no_more_files)
+    with pytest.raises(OSError, match="Too many open files"):  # says nothing about the checkpoint
+        newest_good(root.parent)
+    (root / "ckpt-2/manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no good checkpoint"):
+        newest_good(root.parent)
+    assert sorted(p.name for p in root.iterdir()) == there
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_the_next(saved, monkeypatch, capsys):
+    _, root = saved
+    verified = checkpoint._verified
+
+    def rotate(folder, step):
+        monkeypatch.setattr(checkpoint, "_verified", verified)
+        (root / "ckpt-4").rename(root / "gone")  # as the training does once a newer one is there
+        return verified(folder, step)
+
+    monkeypatch.setattr(checkpoint, "_verified", rotate)
+    assert newest_good(root.parent)[0] == root / "ckpt-2" and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", [None, 3])
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_keeps_the_last(stage, tmp_path):
     options = PLAIN if stage is None else {**SHORT, "train__zero_stage": stage}
@@ -129,6 +167,21 @@ def test_too_little_free_space_is_refused_before_anything_is_written(saved, tmp_
     kind, message = run_ranks(1, tmp_path, _save_on_full_disk, values, root, fails=True)[0]
     assert kind == "CheckpointError" and "no space left" in message and "needs about" in message
     assert sorted(p.name for p in root.iterdir()) == ["ckpt-2", "ckpt-4"]
+
+
+def test_what_a_killed_save_left_behind_is_room(saved, tmp_path):
+    values, root = saved
+    (root / ".tmp-6").mkdir()
+    (root / ".tmp-6/model.safetensors").write_bytes(b"0" * 1000)
+    assert run_ranks(1, tmp_path, _check_space, values, root) == [None]
+    assert not (root / ".tmp-6").exists()
+
+
+def _check_space(values: dict, root: Path) -> None:
+    import wsss_dist.checkpoint
+
+    wsss_dist.checkpoint._free = lambda folder: 10 if (folder / ".tmp-6").exists() else 10**12
+    work.check_space(values, root)
 
 
 def _save_on_full_disk(values: dict, root: Path) -> None:

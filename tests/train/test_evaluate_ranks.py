@@ -14,12 +14,10 @@ from tests.train.ranks import run_ranks
 from tests.train.test_evaluate import Colours, ColourSet, config
 from tests.train.test_pseudo_labels import small_run
 from wsss_dist import dist, evaluate
-from wsss_dist.checkpoint import load_model_weights
 from wsss_dist.config import load_config
 from wsss_dist.data.decode import DamagedImage
 from wsss_dist.evaluate import evaluate_splits
-from wsss_dist.methods import load_method
-from wsss_dist.trained import without_weights
+from wsss_dist.trained import load_newest
 
 
 class Social(Colours):
@@ -149,10 +147,8 @@ def test_a_damaged_image_ends_every_rank_with_one_message(tmp_path):
 
 def _evaluate_run(run_dir, folder):
     cfg = load_config(run_dir / "config.yaml", ["eval.batch=2"])
-    method = load_method(cfg.method_name).Method(without_weights(cfg.method), 3, cfg.train.steps)
-    step = load_model_weights(run_dir, method)
-    method.after_load()
-    return evaluate_splits(method, cfg, ["val"], folder, step)
+    method, checkpoint = load_newest(cfg, run_dir, ["disc-0", "square-0", "triangle-0"])
+    return evaluate_splits(method, cfg, ["val"], folder, checkpoint["step"])
 
 
 def test_a_trained_network_has_the_counts_of_one_rank(tmp_path):

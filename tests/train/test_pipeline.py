@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tests.train import pipeline_runs
 from tests.train.pipeline_runs import TRAIN, outputs, scores
 from tests.train.ranks import run_ranks
+from wsss_dist import dist
 from wsss_dist.errors import UserError
 from wsss_dist.pipeline import Pipeline
 
@@ -127,6 +128,64 @@ def test_a_stage_that_makes_the_same_again_stops_there(copied, capsys):
     assert capsys.readouterr().out.count("done before") == len(config["stages"]) - 1
 
 
+def test_what_cannot_change_a_result_changes_no_stage(copied, tmp_path, capsys):
+    """Workers, logging, saving, and where the data lie: nothing runs again."""
+    config, _ = copied
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", config["data"]["root"], str(moved)], check=True)
+    config["data"] |= {"num_workers": 1, "root": str(moved)}
+    config["train"] |= {"log_every": 7, "save_every": 2, "keep": 5, "timeout_s": 60}
+    assert pipeline_runs.start(config) == 0
+    assert capsys.readouterr().out.count("done before") == len(config["stages"])
+
+
+def test_what_was_made_is_never_deleted(copied):
+    config, folder = copied
+    for background in (1.0, 0.9):
+        config["stages"]["masks"]["background"] = background
+        assert pipeline_runs.start(config, "masks") == 0
+    kept = [json.loads((folder / name / "stage.json").read_text()) for name in ("masks.old", "masks.old-2")]
+    assert [made["section"].get("background") for made in kept] == [None, 1.0]
+    assert manifest(folder, "masks")["section"]["background"] == 0.9
+
+
+def test_files_that_are_gone_are_made_again(copied, capsys):
+    config, folder = copied
+    before = outputs(folder)
+    subprocess.run(["rm", "-r", str(folder / "cams/out/val")], check=True)
+    assert pipeline_runs.start(config) == 0
+    said = capsys.readouterr().out
+    assert said.count("done before") == len(config["stages"]) - 1 and f"cams, train: {TRAIN} of {TRAIN} images" in said
+    assert outputs(folder) == before
+
+
+def test_other_images_or_tags_are_other_data(copied, tmp_path, capsys):
+    """Under the same root: the stages that read them run again."""
+    config, folder = copied
+    root = untagged(config["data"]["root"], tmp_path, 1)
+    config["data"]["root"] = root
+    assert Pipeline(copy.deepcopy(config)).start(until="classifier") == 0
+    assert "done before" not in capsys.readouterr().out
+    assert f"{TRAIN - 1} images" in manifest(folder, "classifier")["data"]["train"]
+    message = "stage 'cams' reads stage 'cam_network', which is done with another config, other data or other inputs"
+    with pytest.raises(UserError, match=message):
+        pipeline_runs.start(config, "cams")
+
+
+def _start_with(config, roots):
+    config["data"]["root"] = roots[dist.rank()]
+    return pipeline_runs.start(config, "masks")
+
+
+def test_ranks_with_other_images_are_refused(copied, tmp_path):
+    config, folder = copied
+    roots = [config["data"]["root"], untagged(config["data"]["root"], tmp_path, 1)]
+    subprocess.run(["rm", "-r", str(folder / "masks")], check=True)
+    for kind, message in run_ranks(2, tmp_path, _start_with, config, roots, fails=True):
+        assert kind == "UserError" and "rank 1 on" in message and "data of split 'train' is '11 images" in message
+    assert not (folder / "masks").exists()
+
+
 def test_one_stage_alone(data, tmp_path):
     config = pipeline_runs.values(data, tmp_path)
     with pytest.raises(UserError, match="stage 'cams' reads stage 'cam_network', which is not done; run the config"):
@@ -200,11 +259,8 @@ def untagged(root, tmp_path, count):
 @pytest.mark.parametrize("how", ["drop", "keep"])
 def test_images_without_tags_are_left_out_and_counted(copied, tmp_path, capsys, how):
     config, folder = copied
-    subprocess.run(["rm", "-r", str(folder / "cams"), str(folder / "walk"), str(folder / "masks")], check=True)
     config["data"] |= {"root": untagged(config["data"]["root"], tmp_path, 2), "untagged": how}
-    pipeline = Pipeline(config)
-    for name in ("cams", "walk", "masks"):
-        assert pipeline.start(name) == 0
+    assert Pipeline(config).start(until="masks") == 0
     said = capsys.readouterr().out
     assert said.count("cams, train: 2 images without tags are left out") == 1
     assert said.count("walk, train: 2 images without tags are left out") == 1

@@ -26,6 +26,7 @@ from wsss_dist.data import build_dataset
 from wsss_dist.data.palette import voc_palette
 from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
+from wsss_dist.methods import load_method
 from wsss_dist.pseudo_labels import LABELS, MAPS, make_pseudo_labels
 from wsss_dist.stages.base import read_scores
 from wsss_dist.trainer import Trainer
@@ -118,7 +119,7 @@ def test_maps_in_both_forms(run_dir, tmp_path):
     data = build_dataset(load_config(run_dir / "config.yaml").data, "train")
     for i in range(len(data)):
         tags = np.flatnonzero(data.labels(i)).tolist()
-        scores = read_scores(tmp_path / "npz", "train", data.id(i), (64, 64), 3)
+        scores = read_scores(tmp_path / "npz", "train", data.id(i), (64, 64), torch.from_numpy(data.labels(i)))
         irn = np.load(tmp_path / f"irn/out/train/{data.id(i)}.npy", allow_pickle=True).item()
         assert scores.classes.tolist() == irn["keys"].tolist() == tags
         assert irn["cam"].shape == (len(tags), 16, 16) and irn["high_res"].dtype == np.float32
@@ -202,7 +203,12 @@ def test_killed_and_started_again(run_dir, whole, tmp_path):
 def test_other_settings_are_refused_in_a_folder_that_has_some(run_dir, whole, tmp_path):
     make(run_dir, tmp_path / "out", "cam")
     before = digests(tmp_path / "out")
-    for kind, settings, named in (("seg", [], "kind"), ("cam", ["eval.beta=0.3"], "eval")):
+    for kind, settings, named in (
+        ("seg", [], "kind"),
+        ("cam", ["eval.beta=0.3"], "eval"),
+        ("cam", ["method.cam.low=0.01"], "method"),
+        ("cam", ["kernels.par=reference"], "kernels"),
+    ):
         with pytest.raises(UserError, match=rf"pseudo_labels.json is of other settings \({named}\).*another --out"):
             make(run_dir, tmp_path / "out", kind, settings=settings)
     with pytest.raises(UserError, match=r"other settings \(images of train\)"):
@@ -211,8 +217,28 @@ def test_other_settings_are_refused_in_a_folder_that_has_some(run_dir, whole, tm
     assert before.items() < digests(tmp_path / "out").items()
     for text in ("{", "[]", "{}"):
         (tmp_path / "out/pseudo_labels.json").write_text(text)
-        with pytest.raises(UserError, match="pseudo_labels.json is no manifest.*delete it"):
+        with pytest.raises(UserError, match=r"pseudo_labels.json is no manifest.*delete \S*/out$"):
             make(run_dir, tmp_path / "out", "cam")
+    (tmp_path / "out/pseudo_labels.json").unlink()
+    with pytest.raises(UserError, match=r"out holds files, but \S*pseudo_labels.json, which says what they"):
+        make(run_dir, tmp_path / "out", "seg")
+
+
+def test_classes_in_another_order_are_refused(run_dir, tmp_path):
+    """As many of them, so that the weights would fit."""
+    data = shutil.copytree(run_dir.parent / "data", tmp_path / "data")
+    for path in (data / "annotations").glob("*.json"):
+        text = path.read_text()
+        path.write_text(text.replace("disc-0", "?").replace("square-0", "disc-0").replace("?", "square-0"))
+    message = "ckpt-3/model.safetensors was trained on other classes .'disc-0' there, 'square-0' here"
+    with pytest.raises(UserError, match=message):
+        make(run_dir, tmp_path / "out", settings=[f"data.root={data}"])
+    assert not digests(tmp_path / "out")
+
+
+def test_every_image_of_a_split_whatever_the_evaluations_see(run_dir, tmp_path):
+    made, _ = make(run_dir, tmp_path / "out", "cam", ["val"], ["data.val_limit=2"])
+    assert made.images == {"val": 5} and made.files == 5
 
 
 def test_two_at_once_are_refused(run_dir, tmp_path, monkeypatch):
@@ -243,7 +269,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_refused(run_dir, tmp_path):
 def test_a_crf_that_is_switched_off_and_outputs_a_method_lacks(run_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'eval.crf' is null, but --kind seg_crf needs one"):
         make(run_dir, tmp_path / "a", "seg_crf", settings=["eval.crf=null"])
-    method = pseudo_labels.load_method("pcre").Method
+    method = load_method("pcre").Method
     monkeypatch.setattr(method, "predict", lambda *_: pseudo_labels.Prediction(cam=torch.zeros(1, 3, 64, 64)))
     with pytest.raises(UserError, match="method 'pcre' gives no segmentation; choose another --kind than seg"):
         make(run_dir, tmp_path / "b", "seg")

@@ -50,6 +50,10 @@ def steps_of(engine: Engine, first: int, last: int) -> list[float]:
     ]
 
 
+def check_space(values: dict, root: Path) -> None:
+    checkpoints(values, root).check_space(make_engine(values))
+
+
 def train(values: dict) -> tuple[list[float], str]:
     """Losses of the whole run, and the digest of the final state."""
     engine = make_engine(values)

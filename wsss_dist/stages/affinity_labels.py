@@ -40,7 +40,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
     def work(sample: EvalSample, split: str, dataset: Dataset):
         size = tuple(sample.image.shape[-2:])
-        scores = read_scores(cfg.cams, split, sample.id, size, len(dataset.class_names))
+        scores = read_scores(cfg.cams, split, sample.id, size, sample.labels)
         if scores is None:
             device = dist.device()
             scores = Scores(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, *size, device=device))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
 from wsss_dist import dist
@@ -37,7 +38,7 @@ class StageConfig(StrictModel):
     """What every kind has."""
 
     data: DataConfig
-    splits: list[str] | None = None  # null: the training split and data.eval_splits
+    splits: list[str] | None = Field(None, min_length=1)  # null: the training split and data.eval_splits
 
 
 @dataclass
@@ -48,13 +49,16 @@ class Stage:
     folder: Path
     config: Any
     say: Callable[[str], None] = print
+    _splits: dict[str, tuple[Dataset, np.ndarray]] | None = field(default=None, init=False, repr=False)
 
     def splits(self) -> dict[str, tuple[Dataset, np.ndarray]]:
-        """Split -> data set and the positions of its images that count, int64."""
-        data = self.config.data
-        names = dict.fromkeys(self.config.splits or [data.train_split, *data.eval_splits])
-        sets = {name: build_dataset(data, name) for name in names}
-        return {n: (s, chosen_rows(s, None if n == data.train_split else data.val_limit)) for n, s in sets.items()}
+        """Split -> data set and the positions of its images that count, int64; opened once."""
+        if self._splits is None:
+            data = self.config.data
+            sets = {name: build_dataset(data, name) for name in split_names(self.config)}
+            limits = {name: None if name == data.train_split else data.val_limit for name in sets}
+            self._splits = {name: (dataset, chosen_rows(dataset, limits[name])) for name, dataset in sets.items()}
+        return self._splits
 
     def network(
         self,
@@ -109,6 +113,12 @@ class Stage:
                 self.say(f"{self.name}, {split}: {left_out} images without tags are left out")
             total += made
         return total
+
+
+def split_names(config: StageConfig) -> list[str]:
+    """Of the splits whose images a stage goes through."""
+    names = config.splits if config.splits is not None else [config.data.train_split, *config.data.eval_splits]
+    return list(dict.fromkeys(names))
 
 
 def make_files(
@@ -212,20 +222,32 @@ def label_writer(labels: Tensor) -> Callable[[IO], None]:
     return lambda file: palette_picture(array).save(file, "PNG")
 
 
-def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], num_classes: int) -> Scores | None:
-    """What `scores_writer` wrote of an image of the given size; None for an image without a file.
+def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], labels: Tensor) -> Scores | None:
+    """What `scores_writer` wrote of the tags of an image; None for an image without tags, which has no file.
 
+    Args:
+        folder, split, image_id: where it lies.
+        size: of the image.
+        labels: its tags, [C], 1 where present.
     Raises:
-        UserError: damaged, of another size, or of other classes; names the file and the stage that makes it.
+        UserError: missing, damaged, of another size, or of other classes; names the file and the stage that makes it.
     """
-    path = output(folder, split, image_id, ".npz")
+    path, tags = output(folder, split, image_id, ".npz"), labels.nonzero()[:, 0].tolist()
     if not path.is_file():
+        if tags:
+            raise UserError(
+                f"stage: {path} is missing; expected the maps of the {len(tags)} tags of the image: run the config "
+                f"again, the stage '{folder.name}' makes it, if the split '{split}' is one of its splits"
+            )
         return None
     try:
-        arrays = load_scores(path, num_classes)
+        arrays = load_scores(path, len(labels))
     except UnfitMap as error:
         found, expected = error.args
         raise _unusable(path, folder, f"{found.removeprefix('cannot be used: ')}; expected {expected}") from None
+    if arrays["labels"].tolist() != tags:
+        found = f"holds the classes {arrays['labels'].tolist()}, the tags of the image are {tags}"
+        raise _unusable(path, folder, found)
     _check_size(path, folder, arrays["full"].shape[1:], size)
     device = dist.device()
     classes, maps = (torch.from_numpy(arrays[name]).to(device) for name in ("labels", "full"))
@@ -233,8 +255,8 @@ def read_scores(folder: Path, split: str, image_id: str, size: tuple[int, int], 
     return Scores(classes.long(), maps.float(), small)
 
 
-def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int]) -> Tensor:
-    """What `png_writer` or `label_writer` wrote of an image of the given size, uint8 [H, W].
+def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int] | None = None) -> Tensor:
+    """What `png_writer` or `label_writer` wrote of an image of the given size (None: of any), uint8 [H, W].
 
     Raises:
         UserError: missing, damaged or of another size; names the file and the stage that makes it.
@@ -244,7 +266,8 @@ def read_png(folder: Path, split: str, image_id: str, size: tuple[int, int]) -> 
         picture = read_channel(path, ("L", "P"))
     except DamagedImage as error:
         raise _unusable(path, folder, error.reason) from None
-    _check_size(path, folder, picture.shape, size)
+    if size is not None:
+        _check_size(path, folder, picture.shape, size)
     return torch.from_numpy(picture).to(dist.device())
 
 

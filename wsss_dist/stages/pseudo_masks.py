@@ -35,7 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
     def work(sample: EvalSample, split: str, dataset: Dataset):
         size = tuple(sample.image.shape[-2:])
-        scores = read_scores(cfg.scores, split, sample.id, size, len(dataset.class_names))
+        scores = read_scores(cfg.scores, split, sample.id, size, sample.labels)
         if scores is None:
             return label_writer(torch.zeros(size))
         labels = torch.cat([torch.full_like(scores.maps[:1], cfg.background), scores.maps]).argmax(0)

@@ -46,7 +46,7 @@ def run(stage: Stage) -> dict[str, Any]:
     @torch.no_grad()
     def work(sample: EvalSample, split: str, dataset: Dataset):
         size = tuple(sample.image.shape[-2:])
-        scores = read_scores(cfg.cams, split, sample.id, size, len(dataset.class_names))
+        scores = read_scores(cfg.cams, split, sample.id, size, sample.labels)
         if scores is None:
             return None
         if scores.small is None:

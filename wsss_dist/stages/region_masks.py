@@ -18,7 +18,6 @@ from torch import Tensor
 from wsss_dist import dist
 from wsss_dist.data.batch import EvalSample
 from wsss_dist.data.dataset import Dataset
-from wsss_dist.data.decode import read_channel
 from wsss_dist.data.erased import read_manifest
 from wsss_dist.errors import UserError
 from wsss_dist.schema import ConfigPath
@@ -80,12 +79,7 @@ def run(stage: Stage) -> dict[str, Any]:
             threshold = cfg.indoor if bool((sample.labels > 0)[indoor].any()) else cfg.outdoor
             background = grey_of(cfg.saliency, split, sample.id, size, dataset) < threshold
         else:
-            scores = read_scores(cfg.cams, split, sample.id, size, len(dataset.class_names))
-            if scores is None and len(classes):
-                raise UserError(
-                    f"stage '{stage.name}': {cfg.cams / 'out' / split} has no maps of image {sample.id}; expected "
-                    f"those of its tags: run the stage '{cfg.cams.name}' with this split"
-                )
+            scores = read_scores(cfg.cams, split, sample.id, size, sample.labels)
             background = torch.ones(size, dtype=torch.bool, device=regions.device)
             if scores is not None:
                 background = scores.maps.amax(0) < cfg.cam_background
@@ -100,8 +94,8 @@ def _say_undecided(stage: Stage) -> None:
     """Say how many images have a mask without a decided pixel: they train on their other terms."""
     for split, (dataset, rows) in stage.splits().items():
         with dist.shared(len(rows)) as mine:
-            paths = (stage.output(split, dataset.id(int(rows[k])), ".png") for k in mine)
-            own = sum(bool((read_channel(path, ("L", "P")) == IGNORE).all()) for path in paths)
+            masks = (read_png(stage.folder, split, dataset.id(int(rows[k]))) for k in mine)
+            own = sum(bool((mask == IGNORE).all()) for mask in masks)
         if count := sum(dist.all_gather_object(own)):
             stage.say(f"{stage.name}, {split}: {count} of {len(rows)} images have no decided pixel")
 

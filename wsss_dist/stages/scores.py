@@ -25,13 +25,13 @@ IGNORE = 255
 
 
 def score_maps(
-    stage: Stage, read: Callable[[str, str, tuple[int, int], int], Scores | None], kind: str
+    stage: Stage, read: Callable[[str, str, tuple[int, int], Tensor], Scores | None], kind: str
 ) -> dict[str, dict[str, Any]]:
     """mIoU of score maps at the best of the thresholds 0.05 .. 0.80; an image without maps is background.
 
     Args:
         stage: the stage.
-        read: (split, id, size, number of classes) -> the scores of an image.
+        read: (split, id, size, tags [C]) -> the scores of an image.
         kind: name of the result.
     Returns:
         split -> {kind: metrics with "threshold"}.
@@ -42,7 +42,8 @@ def score_maps(
         with dist.shared(len(rows)) as mine:
             for row in (rows[k] for k in mine):
                 truth = torch.from_numpy(dataset.mask(row)).to(dist.device())
-                scores = read(split, dataset.id(row), tuple(truth.shape), len(dataset.class_names))
+                labels = torch.from_numpy(dataset.labels(row))
+                scores = read(split, dataset.id(row), tuple(truth.shape), labels)
                 if scores is None or not len(scores.classes):
                     sweep.update(torch.zeros(truth.shape, device=truth.device), torch.ones_like(truth), truth)
                 else:

@@ -18,10 +18,10 @@ import yaml
 
 import kernels
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist import dist
 from wsss_dist.data import build_dataset
 from wsss_dist.data.prepare.shards import prepare_shards
-from wsss_dist.data.synthetic import write_synthetic_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "vit_tiny_patch16_224"

@@ -20,10 +20,10 @@ from PIL import Image
 from tests import mistakes as m
 from tests.data import sets
 from tests.data.official import write_voc
+from tests.data.synthetic import write_synthetic_dataset
 from tests.mistakes import again, coco, command, files, folder, maps, mask, patched, prepared, text, train, weights
 from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import check_world, load_config
-from wsss_dist.data.synthetic import write_synthetic_dataset
 
 
 class Row(NamedTuple):
@@ -173,6 +173,8 @@ DATA = [
     ("has an empty split", coco(lambda c: m.put(c, "images", [])), "train.json lists no image", "add images"),
     ("listed an image twice", coco(lambda c: c["images"].append(c["images"][0])), "1 image ids more than once",
      "remove the repetitions"),
+    ("listed two images of one name", folder(["image,labels", "a.png,cat", "a.jpg,dog"]),
+     "labels.csv holds 1 images with the id of another .first: a.png and a.jpg", "rename or remove one of each"),
     ("wrote labels.csv without header", folder(["a.png,cat"]), "labels.csv is 'a.png,cat'",
      "header 'image,labels': add it"),
     ("separated labels by commas", folder(["image,labels", "a.png,cat,dog"]), "row 2 of .*labels.csv has 3 cells",

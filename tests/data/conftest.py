@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.shards_made import write
+from tests.data.synthetic import write_synthetic_dataset
 from tests.data.test_loader import N
-from wsss_dist.data.synthetic import write_synthetic_dataset
 
 
 @pytest.fixture(scope="module")

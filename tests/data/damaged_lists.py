@@ -23,6 +23,7 @@ from tests.data import official, sets
 from tests.data.damage import ANY, Damage, Rng
 from tests.data.damaged import HANG_S, bound_memory
 from tests.data.shards_made import write as write_shards
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.data import build_dataset
 from wsss_dist.data.coco_masks import draw_mask
 from wsss_dist.data.dataset import Dataset
@@ -35,7 +36,6 @@ from wsss_dist.data.prepare.manifest import file_record, write_manifest
 from wsss_dist.data.prepare.matfile import MatError, read_mat_field
 from wsss_dist.data.prepare.verify import verify
 from wsss_dist.data.problems import LeftOut, read_problems, write_problems
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 
 REFUSED = (UserError, MatError, UnfitMap, UnfitRegions)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data import transforms as module
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.data.transforms import augment, normalise, sample_generator
 
 

@@ -121,6 +121,8 @@ def test_every_wrong_row_of_every_list_of_a_folder_is_named(tmp_path):
     (root / "val/images/c.jpg").unlink()
     shutil.copytree(root / "val", root / "more")
     (root / "more/labels.csv").write_text("image,labels\nc.jpg,cat\nb.jpg,cat\n")
+    shutil.copytree(root / "val", root / "pairs")
+    (root / "pairs/labels.csv").write_text("image,labels\na.png,cat\nb.jpg,cat\na.jpg,cow\nb.png,cat\n")
     (root / "more/images/b.jpg").write_bytes(b"")
     for on_problem in ("stop", "continue"):
         with pytest.raises(UserError, match="labels.csv"):
@@ -132,7 +134,9 @@ def test_every_wrong_row_of_every_list_of_a_folder_is_named(tmp_path):
         assert has(rows, "val/labels.csv", "images: a.png is there more than once")
         assert has(rows, "val/labels.csv", "images: b.jpg is there more than once")
         assert has(rows, "more/images/c.jpg", "the file is missing")
-        assert has(rows, "more/images/b.jpg", "the file is empty") and sum(map(len, rows.values())) == 7
+        assert has(rows, "more/images/b.jpg", "the file is empty") and sum(map(len, rows.values())) == 9
+        assert has(rows, "pairs/labels.csv", "the images a.png and a.jpg have one id, a")
+        assert has(rows, "pairs/labels.csv", "the images b.jpg and b.png have one id, b")
         assert not (root / "manifest.json").exists()
 
 
@@ -202,9 +206,17 @@ def test_mistakes_in_lists_are_all_in_the_table(tmp_path):
     sets.rewrite(coco, lambda c: [a.update(category_id=55) for a in c["annotations"][:2]])
     rows = checked("coco", coco, "train")
     assert has(rows, "annotations/train.json", "image 007.jpg has the unknown class id 55")
+    sets.rewrite(coco, lambda c: [image.update(labels=["cat"]) for image in c["images"]])
+    with_labels = checked("coco", coco, "train")
+    assert has(with_labels, "annotations/train.json", "image 007.jpg has the unknown class id 55")
+    sets.rewrite(coco, lambda c: [image.pop("labels") for image in c["images"]])
     sets.rewrite(coco, lambda c: [a.update(category_id=3) for a in c["annotations"]])
     sets.rewrite(coco, lambda c: c["images"].extend(c["images"][:2]))
     assert table_of_ids(checked("coco", coco, "train")) == ["image ids: 5", "image ids: 7"]
+    sets.rewrite(coco, lambda c: c.update(images=c["images"][:3]))
+    sets.rewrite(coco, lambda c: [image.update(file_name="007.jpg") for image in c["images"]])
+    found = checked("coco", coco, "train")
+    assert found == {"annotations/train.json": ["the images 007.jpg and 007.jpg have one id, 007"]}
     voc = sets.write_voc(tmp_path / "voc")
     base = voc / "VOCdevkit/VOC2012"
     (base / "Annotations/2007_a.xml").write_text("<annotation>")
@@ -233,6 +245,19 @@ def test_a_set_of_shards(tmp_path):
     assert name == "train/train-000000.tar:b.jpg"
     data = build_dataset(sets.config(out, "shards", leave_out=out / "check.csv"), split)
     assert data.unusable == 1 and data.files.tolist() == ["a.png", "c.jpg"]
+
+
+def test_a_mask_in_shards_that_is_left_out_counts_for_evaluations_alone(tmp_path):
+    root, split, _, masks = made("folder", tmp_path / "set")
+    (masks / "b.png").write_bytes(b"")
+    Image.new("L", (7, 9)).save(masks / "c.png")
+    out = write_shards(root, tmp_path / "out", form="folder", masks=True)
+    rows = checked("shards", out, split)
+    assert has(rows, "train/train-000000.tar:b.jpg (its mask)", "cannot be read (the file is empty)")
+    assert has(rows, "train/train-000000.tar:c.jpg (its mask)", "its mask is 9 x 7")
+    for splits, images in (([split], ["a.png"]), (["val"], ["b.jpg", "a.png", "c.jpg"])):
+        cfg = sets.config(out, "shards", leave_out=out / "check.csv", eval_splits=splits)
+        assert build_dataset(cfg, split).files.tolist() == images
 
 
 # ------------------------------------------------------------------------------------- training and evaluation read

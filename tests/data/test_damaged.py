@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.data import build_dataset, build_eval_loader, build_train_loader
 from wsss_dist.data.decode import DamagedImage, read_image
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 
 

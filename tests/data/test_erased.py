@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from tests.data.test_damaged import damage
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.erased import (
@@ -19,7 +20,6 @@ from wsss_dist.data.erased import (
     regions_writer,
     write_manifest,
 )
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.data.transforms import MEAN, STD
 from wsss_dist.errors import UserError
 

@@ -39,9 +39,19 @@ CHANGES = {
     r"image 007.jpg has the unknown class name 'bat'; expected one of cat, dog, cow": lambda c: [
         set_key(image, "labels", ["bat"]) for image in c["images"]
     ],
+    r"image 007.jpg has the unknown class id 99; expected one of 3, 18, 90": lambda c: (
+        [set_key(image, "labels", []) for image in c["images"]],
+        set_key(c, "annotations", 0, "category_id", 99),
+    ),
     r"image 005.jpg has no list 'labels', though others have one": lambda c: set_key(c, "images", 0, "labels", []),
     r"holds 1 image ids more than once \(first: 7\).*remove the repetitions": lambda c: set_key(
         c, "images", 2, "id", 7
+    ),
+    r"holds 1 images with the id of another \(first: 007.jpg and 007.jpg\); expected .* rename": lambda c: set_key(
+        c, "images", 2, "file_name", "007.jpg"
+    ),
+    r"images with the id of another \(first: 007.jpg and 007.png\); expected names that differ": lambda c: set_key(
+        c, "images", 2, "file_name", "007.png"
     ),
     r"holds 1 category ids more than once": lambda c: set_key(c, "categories", 0, "id", 3),
     r"holds 1 category names more than once \(first: cat\)": lambda c: set_key(c, "categories", 0, "name", "cat"),
@@ -138,6 +148,9 @@ FOLDER_ROWS = {
     "the first line of .*labels.csv is ''": [""],
     "image a.png has the unknown class name 'bat'; expected one of cat, dog, cow": ["image,labels", "a.png,bat"],
     "row 2 of .*labels.csv has 3 cells; expected two": ["image,labels", "a.png,cat,dog"],
+    "row 3 of .*labels.csv names no image; expected one, as a.jpg: correct": ["image,labels", "a.png,cat", " ,dog"],
+    r"images with the id of another \(first: a.png and a.jpg\); .* rename": ["image,labels", "a.png,cat", "a.jpg,cat"],
+    r"with the id of another \(first: b/a.x and b/./a.y\)": ["image,labels", "b/a.x,cat", "b/./a.y,cat"],
     "holds 1 images more than once": ["image,labels", "a.png,cat", "a.png,dog"],
     r"labels.csv names 1 of 1 images that are not in .*train/images \(first: z.png\)": ["image,labels", "z.png,cat"],
     "labels.csv lists no image": ["image,labels"],

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.loader import epoch_order
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 
 G, STEPS, N = 8, 5, 19  # 2 steps an epoch: the 5 steps cross two epoch boundaries, 3 images are dropped each time
@@ -22,8 +22,11 @@ def root(tmp_path_factory):
     return write_synthetic_dataset(tmp_path_factory.mktemp("loader") / "set", N, 1, 40, 3, seed=0)
 
 
-def stream(root, *, workers=0, world=1, micro=2, start=0, steps=STEPS, seed=7, **changes) -> dict:
-    """(step, position) -> (id, sha256 of the augmented pixels, box, flipped, labels), gathered over all ranks."""
+def stream(root, *, workers=0, world=1, micro=2, start=0, steps=STEPS, seed=7, damaged=None, **changes) -> dict:
+    """(step, position) -> (id, sha256 of the augmented pixels, box, flipped, labels), gathered over all ranks.
+
+    The names and reasons of damaged images go to the list `damaged`; without it there may be none.
+    """
     cfg = sets.config(root, crop=24, photometric=True, num_workers=workers, **changes)
     data = build_dataset(cfg, "train")
     samples = {}
@@ -43,7 +46,9 @@ def stream(root, *, workers=0, world=1, micro=2, start=0, steps=STEPS, seed=7, *
         for step, batches in enumerate(loader, start):
             assert len(batches) == G // (micro * world)
             for m, batch in enumerate(batches):
-                assert len(batch) == micro and batch.damaged == []
+                assert len(batch) == micro and (damaged is not None or batch.damaged == [])
+                if damaged is not None:
+                    damaged += [(path.replace(":", "/").rsplit("/", 1)[1], reason) for path, reason in batch.damaged]
                 for k in range(micro):
                     digest = hashlib.sha256(batch.images[k].numpy().tobytes()).hexdigest()
                     position = (m * world + rank) * micro + k

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from tests.data.test_damaged import damage
 from wsss_dist.data import (
     DataConfig,
@@ -15,7 +16,6 @@ from wsss_dist.data import (
     build_train_loader,
 )
 from wsss_dist.data.maps import check_maps, read_maps
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.schema import parse
 

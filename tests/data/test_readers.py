@@ -14,10 +14,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from tests.data import sets
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.data import build_dataset, build_eval_loader, build_inference_loader, build_train_loader
 from wsss_dist.data import coco as coco_module
 from wsss_dist.data import dataset as dataset_module
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from tests.data import sets
 from tests.data.shards_made import config, flip, write
+from tests.data.synthetic import write_synthetic_dataset
 from tests.data.test_loader import N
 from wsss_dist.data import DataConfig, build_dataset, build_train_loader, shard_files
 from wsss_dist.data.decode import DamagedImage
 from wsss_dist.data.prepare.shards import parse_size
 from wsss_dist.data.shard_index import PICTURE
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 
 
@@ -102,9 +102,15 @@ OPENING = {
     "outside": (lambda c: resave(c, offsets=lambda v: replaced(v, (3, 0), 10**9)), "members outside their shards"),
     "no such shard": (lambda c: resave(c, shard=lambda v: replaced(v, 3, 99)), "shards that are not among the"),
     "shapes": (lambda c: resave(c, tags=lambda v: v[:4]), r"`tags` is uint8 \[4, 3\], expected \[19, 3\]"),
-    "leads out": (lambda c: resave(c, files=lambda v: replaced(v.astype("U30"), 1, "../../x.jpg")), "leads out of a"),
-    "absolute": (lambda c: resave(c, files=lambda v: replaced(v.astype("U30"), 1, "/etc/x.jpg")), "leads out of a"),
-    "twice": (lambda c: resave(c, files=lambda v: replaced(v, 1, v[0])), "holds 1 keys more than once"),
+    "leads out": (
+        lambda c: resave(c, files=lambda v: replaced(v.astype("U30"), 1, "../../x.jpg")),
+        "names lead out of the",
+    ),
+    "absolute": (
+        lambda c: resave(c, files=lambda v: replaced(v.astype("U30"), 1, "/etc/x.jpg")),
+        "names lead out of the",
+    ),
+    "twice": (lambda c: resave(c, files=lambda v: replaced(v, 1, v[0])), "holds 1 images with the id of another"),
     "objects": (lambda c: resave(c, files=lambda v: v.astype(object)), "shards.json is no index"),
 }
 
@@ -210,12 +216,18 @@ def test_mistakes_of_the_command(tmp_path, arguments, message):
 
 
 def test_two_images_of_one_key_are_refused(tmp_path):
-    root = sets.write_folder(tmp_path / "set", ["image,labels", "a.png,cat", "a.jpg,dog"])
-    sets.picture().save(root / "train/images/a.jpg")
-    with pytest.raises(UserError, match=r"set/train holds 1 keys more than once \(first: a\)"):
-        write(root, tmp_path / "out", form="folder")
+    root = sets.write_folder(tmp_path / "set")
     sets.picture().save(root / "train/images/x%2Ey.jpg")
     sets.picture().save(root / "train/images/x.y.jpg")
     (root / "train/labels.csv").write_text("image,labels\nx.y.jpg,cat\nx%2Ey.jpg,dog\n")
     with pytest.raises(UserError, match=r"set/train holds 1 keys more than once \(first: x%2Ey\)"):
+        write(root, tmp_path / "out", form="folder")
+
+
+@pytest.mark.parametrize("name", ["noext", "a.json", "a.cls"])
+def test_a_picture_that_would_not_be_found_again_is_refused(tmp_path, name):
+    root = sets.write_folder(tmp_path / "set", ["image,labels", f"{name},cat"])
+    shutil.copy(root / "train/images/a.png", root / "train/images" / name)
+    message = rf"set/train holds 1 images without the ending of a picture \(first: {name}\); expected one.* rename them"
+    with pytest.raises(UserError, match=message):
         write(root, tmp_path / "out", form="folder")

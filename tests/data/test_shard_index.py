@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data import sets
-from tests.data.shards_made import config, flip, jpeg, quiet, tar
+from tests.data.shards_made import config, flip, jpeg, quiet, tar, write
 from wsss_dist.data import build_dataset
 from wsss_dist.data.prepare.index_shards import index_shards
 from wsss_dist.errors import UserError
@@ -65,6 +65,52 @@ def test_a_lost_index_is_made_again(made, tmp_path):
     assert {k: v for k, v in one.items() if k != "made"} == {k: v for k, v in two.items() if k != "made"}
 
 
+@pytest.mark.parametrize("ending", ["bmp", "tif", "webp", "JPG", "png", "x"])
+def test_the_picture_of_an_index_made_again_is_never_the_mask(tmp_path, ending):
+    root = sets.write_folder(tmp_path / "own", ["image,labels", f"v1.a.{ending},cat", f"b.{ending},dog"])
+    for k, name in enumerate(("v1.a", "b")):
+        sets.picture(seed=k).save(root / f"train/images/{name}.{ending}", "PNG")
+        sets.add_mask(root, f"{name}.png", {k: 1})
+    out = write(root, tmp_path / "out", form="folder", masks=True)
+    for name in ("shards.json", "samples.npz"):
+        (out / "train" / name).unlink()
+    index_shards(out / "train", None, None, None, quiet)
+    one, two = build_dataset(sets.config(root, "folder"), "train"), build_dataset(config(out), "train")
+    assert one.files.tolist() == two.files.tolist()
+    for i in range(2):
+        assert (one.image(i) == two.image(i)).all() and (one.mask(i) == two.mask(i)).all()
+
+
+def test_the_mask_of_others_is_no_picture_though_it_comes_first(tmp_path):
+    buffers = [io.BytesIO(), io.BytesIO()]
+    sets.picture().save(buffers[0], "WEBP", lossless=True)
+    sets.Image.fromarray(np.ones((20, 30), np.uint8)).save(buffers[1], "PNG")
+    picture, mask = (buffer.getvalue() for buffer in buffers)
+    tar(tmp_path / "web/0.tar", {"x.cls": b"cat", "x.png": mask, "x.webp": picture, "meta.json": b"{"})
+    index_shards(tmp_path / "web", None, None, None, quiet)
+    data = build_dataset(config(tmp_path), "web")
+    assert data.files.tolist() == ["x.webp"] and (data.mask(0) == 1).all()
+    assert (data.image(0) == np.array(sets.picture())).all()
+
+
+def test_a_gap_in_the_numbers_of_shards_is_said(tmp_path):
+    for k in (1, 2, 3, 5, 6):
+        tar(tmp_path / f"web/set-{k:06d}.tar", {f"{k}.jpg": jpeg(k), f"{k}.cls": b"cat"})
+    said = []
+    index_shards(tmp_path / "web", None, None, None, said.append)
+    assert len(said) == 7 and "between the shards 3 and 5 others may be missing" in said[-1]
+    tar(tmp_path / "web/set-000004.tar", {"4.jpg": jpeg(4), "4.cls": b"cat"})
+    (tmp_path / "web/shards.json").unlink()
+    index_shards(tmp_path / "web", None, None, None, said.append)
+    assert "6 images of 1 classes" in said[-1]
+
+
+def test_an_index_without_its_samples_is_said(copy):
+    (copy / "val/samples.npz").unlink()
+    with pytest.raises(UserError, match="samples.npz beside .*shards.json belongs to another index or is damaged"):
+        index_shards(copy / "val", None, None, None, quiet)
+
+
 def test_shards_at_an_address_are_indexed(made, in_memory, tmp_path):
     with pytest.raises(UserError, match="needs a folder of this machine; give --out"):
         index_shards(f"{in_memory}/val", None, None, None, quiet)
@@ -89,7 +135,13 @@ FOREIGN = {
         "the key 'x' is in .*0.tar and",
     ),
     "a member twice": ({**NUMBERS, "x.cls+": b""}, ["a", "b"], "holds 'x.cls' twice"),
-    "leads out": ({"../x.jpg": b"", "../x.cls": b"0"}, ["a"], "name leads out of a folder"),
+    "leads out": ({"../x.jpg": b"", "../x.cls": b"0"}, ["a"], "names lead out of the folder"),
+    "a bitmap and its mask": (
+        {"x.bmp": b"", "x.png": b"", "x.cls": b"0"},
+        ["a"],
+        "0.tar:x holds a picture '.bmp'; expected",
+    ),
+    "a bitmap": ({"x.bmp": b"", "x.cls": b"0"}, ["a"], "0.tar:x holds a picture '.bmp'; expected jpg, .* convert it"),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -116,6 +118,11 @@ def test_what_is_there_is_checked_and_never_replaced(scenes, copy):
     said = []
     write(scenes, copy, say=said.append)
     assert "is complete: 19 images" in said[0]
+    whole = (copy / "train/shards.json").read_text()
+    (copy / "train/shards.json").write_text('{"version": 1, "samples": {"sha256": ""}}')
+    with pytest.raises(UserError, match="train holds something else; delete the folder, or give another --out"):
+        write(scenes, copy)
+    (copy / "train/shards.json").write_text(whole)
     with pytest.raises(UserError, match="train holds shards of .*delete the folder, or give another --out"):
         write(scenes, copy, size=9000)
     path = sorted((copy / "train").glob("*.tar"))[1]
@@ -143,6 +150,30 @@ def test_two_writers_do_not_meet(scenes, tmp_path):
             write(scenes, tmp_path)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EACCES, errno.EIO])
+def test_a_file_system_without_locks_does_not_stop_a_writer(scenes, tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    if number == errno.EACCES:
+        with pytest.raises(UserError, match="another process writes .*wait for it"):
+            write(scenes, tmp_path, "val")
+    elif number == errno.EIO:
+        with pytest.raises(OSError, match="put/output"):
+            write(scenes, tmp_path, "val")
+    else:
+        assert len(build_dataset(config(write(scenes, tmp_path, "val")), "val")) == 5
+
+
+def test_a_set_in_the_home_folder_keeps_what_it_says_of_itself(tmp_path, monkeypatch):
+    sets.write_folder(tmp_path / "own")
+    (tmp_path / "own/manifest.json").write_text('{"about": "tags of one person"}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(Path("~/own"), tmp_path / "out", form="folder")
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == {"about": "tags of one person"}
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("256MB", 256_000_000), ("1 GiB", 2**30), ("500", 500), ("1.5k", 1500), ("2mb", 2_000_000)]
 )
@@ -168,6 +199,20 @@ def test_resume_at_a_random_step_with_other_workers_and_ranks(made, reference):
         start, workers, world = int(rng.integers(1, STEPS)), int(rng.integers(0, 3)), int(rng.choice([1, 2, 4]))
         resumed = stream(made, format="shards", start=start, steps=STEPS - start, workers=workers, world=world)
         assert resumed == {key: value for key, value in reference.items() if key[0] >= start}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_damaged_images_are_replaced_by_the_same_as_those_of_files(scenes, tmp_path, world):
+    root = Path(shutil.copytree(scenes, tmp_path / "set"))
+    for k in (4, 5, N - 1):  # two in a row, and the last, after which comes the first
+        (root / f"images/train/{k:05d}.jpg").write_bytes(b"<html>")
+    write(root, tmp_path / "out")
+    of_files, of_shards = [], []
+    files = stream(root, damaged=of_files)
+    assert stream(tmp_path / "out", format="shards", world=world, workers=1, damaged=of_shards) == files
+    assert sorted(of_files) == sorted(of_shards) and {name for name, _ in of_files} >= {"00004.jpg", "00005.jpg"}
+    resumed = stream(tmp_path / "out", format="shards", start=2, steps=STEPS - 2, world=world, damaged=[])
+    assert resumed == {key: value for key, value in files.items() if key[0] >= 2}
 
 
 def test_another_size_of_shards_is_no_other_stream(scenes, tmp_path, reference):

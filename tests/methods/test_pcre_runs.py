@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from tests.data.synthetic import write_synthetic_dataset
 from tests.methods import pcre_runs
 from tests.train.ranks import run_ranks
 from tests.train.work import each
 from wsss_dist.config import load_config
 from wsss_dist.data.batch import Batch
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.methods import load_method
 from wsss_dist.trainer import Trainer
 

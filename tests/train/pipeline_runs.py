@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import yaml
 
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.data import Dataset, build_dataset
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.pipeline import Pipeline
 
 NET = {"name": "resnet18", "weights": None}

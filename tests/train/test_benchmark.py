@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+from tests.data.synthetic import write_synthetic_dataset
 from tests.methods.pcre_runs import batches as pcre_batches
 from tests.methods.pcre_runs import engine_of
 from tests.methods.pcre_runs import values as pcre_values
@@ -37,7 +38,6 @@ from wsss_dist.config import parse_config
 from wsss_dist.data import DataConfig
 from wsss_dist.data.batch import Batch
 from wsss_dist.data.config import MapConfig
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.peers import operators
 

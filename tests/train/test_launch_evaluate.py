@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from tests.data.synthetic import write_synthetic_dataset
 from wsss_dist.config import parse_config
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.synthetic import write_synthetic_dataset
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_trainer import ROOT, run
 from wsss_dist import config, methods
 from wsss_dist.data.problems import REPLACED, STOPPED, read_problems
-from wsss_dist.data.synthetic import write_synthetic_dataset
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.synthetic import write_synthetic_dataset
 from tests.methods import pcre_runs
 from tests.train.ranks import run_ranks
 from wsss_dist import agreement, dist, pseudo_labels, stages
 from wsss_dist.config import load_config, parse_config
 from wsss_dist.data import build_dataset
 from wsss_dist.data.palette import voc_palette
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
 from wsss_dist.pseudo_labels import LABELS, MAPS, make_pseudo_labels

@@ -19,10 +19,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.data.synthetic import write_synthetic_dataset
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 from wsss_dist.config import parse_config
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.log import RunLog
 from wsss_dist.trainer import Trainer
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.synthetic import write_synthetic_dataset
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 from wsss_dist.config import parse_config
-from wsss_dist.data.synthetic import write_synthetic_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.reshard import layout_of_shapes
 from wsss_dist.trainer import Trainer

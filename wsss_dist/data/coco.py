@@ -189,9 +189,11 @@ def _tags(content: dict, names: dict[int, str], class_of: dict[int, int], path: 
             for label in image["labels"]:
                 known = by_name if isinstance(label, str) else class_of
                 _set_tag(row, label, known, image["file_name"], path, wrong)
+        # they give no tags here, but a mask is drawn from them
+        _set_tags(np.zeros_like(tags), content, class_of, path, wrong)
     else:
-        row_of = {image["id"]: k for k, image in enumerate(images)}
-        homeless = [a["image_id"] for a in content["annotations"] if a["image_id"] not in row_of]
+        listed = {image["id"] for image in images}
+        homeless = [a["image_id"] for a in content["annotations"] if a["image_id"] not in listed]
         if homeless:
             what = f"has {len(homeless)} annotations of images it does not list"
             message = (
@@ -200,12 +202,20 @@ def _tags(content: dict, names: dict[int, str], class_of: dict[int, int], path: 
             )
             rows = [(str(path), f"an annotation is of image {image}, which is not listed") for image in homeless]
             raise BadFile(path, what, message, rows)
-        for annotation in content["annotations"]:
-            k = row_of[annotation["image_id"]]
-            _set_tag(tags[k], annotation["category_id"], class_of, images[k]["file_name"], path, wrong)
+        _set_tags(tags, content, class_of, path, wrong)
     if wrong:
         raise BadFile(path, wrong[0].reason, str(wrong[0]), [(e.path, e.reason) for e in wrong])
     return tags
+
+
+def _set_tags(tags: np.ndarray, content: dict, class_of: dict[int, int], path: Path, wrong: list[BadFile]) -> None:
+    """Set the tags [n, C] of the annotations of listed images."""
+    row_of = {image["id"]: k for k, image in enumerate(content["images"])}
+    for annotation in content["annotations"]:
+        k = row_of.get(annotation["image_id"])
+        if k is not None:
+            image = content["images"][k]["file_name"]
+            _set_tag(tags[k], annotation["category_id"], class_of, image, path, wrong)
 
 
 def _set_tag(row: np.ndarray, label: Any, known: dict, image: str, path: Path, wrong: list[BadFile]) -> None:

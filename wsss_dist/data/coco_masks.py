@@ -9,6 +9,7 @@ would be right there. Objects annotated one by one keep their class.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +26,18 @@ def draw_mask(
         class_of: category id -> class 0..C-1.
         where, name: file of the annotations and name of the image, for messages.
     Raises:
-        UserError: a segmentation that is no polygon and no RLE, or of another size.
+        UserError: a segmentation that is no polygon and no RLE, or of another size; `iscrowd` that is not 0 or 1.
     """
+    coco_mask = _pycocotools()
     regions = []
     for annotation in annotations:
-        region = _region(annotation, height, width, where, name)
-        regions.append((bool(annotation.get("iscrowd", 0)), int(np.count_nonzero(region)), annotation, region))
+        crowd, runs = _is_crowd(annotation, where, name), _runs_of(annotation, height, width, where, name)
+        if runs is not None:
+            regions.append((crowd, int(coco_mask.area(runs)), annotation, runs))
     mask = np.zeros((height, width), np.uint8)
     # large objects first, so that small ones lie on top of them; crowds only where no single object is
-    for crowd, _, annotation, region in sorted(regions, key=lambda r: (r[0], -r[1])):
+    for crowd, _, annotation, runs in sorted(regions, key=lambda r: (r[0], -r[1])):
+        region = coco_mask.decode(runs).astype(bool)  # one at a time: a large picture has hundreds
         if crowd:
             mask[region & (mask == 0)] = 255
         else:
@@ -41,21 +45,34 @@ def draw_mask(
     return mask
 
 
-def _region(annotation: dict, height: int, width: int, where: Path, name: str) -> np.ndarray:
-    """One annotation as bool [height, width]; polygon lists, compressed and uncompressed RLE."""
+def _pycocotools() -> Any:
     try:
-        from pycocotools import mask as coco_mask
+        from pycocotools import mask
     except ImportError:
         raise UserError("data: drawing masks from annotations needs pycocotools: pip install pycocotools") from None
+    return mask
+
+
+def _is_crowd(annotation: dict, where: Path, name: str) -> bool:
+    found = annotation.get("iscrowd", 0)
+    if not isinstance(found, int) or found not in (0, 1):
+        raise UserError(
+            f"data: {where}: the 'iscrowd' of an annotation of {name} is {found!r:.80}; expected 0 or 1: correct the "
+            "entry"
+        )
+    return bool(found)
+
+
+def _runs_of(annotation: dict, height: int, width: int, where: Path, name: str) -> dict | None:
+    """One annotation as an RLE of pycocotools, from polygons, compressed and uncompressed RLE; None: it is empty."""
+    coco_mask = _pycocotools()
     shape = annotation.get("segmentation")
     try:
         if isinstance(shape, list):
             # fewer than three corners enclose nothing
             corners = [_corners(p, height, width) for p in shape if len(p) >= 6]
             polygons = [coco_mask.frPyObjects([p], height, width)[0] for p in corners]
-            if not polygons:
-                return np.zeros((height, width), bool)
-            return coco_mask.decode(coco_mask.merge(polygons)).astype(bool)
+            return coco_mask.merge(polygons) if polygons else None
         if list(shape["size"]) != [height, width]:
             raise UserError(
                 f"data: {where}: a mask of {name} is {shape['size']} (height, width), the image {[height, width]}; "
@@ -65,7 +82,7 @@ def _region(annotation: dict, height: int, width: int, where: Path, name: str) -
         if sum(counts) != height * width or min(counts) < 0 or not all(type(n) is int for n in counts):
             raise ValueError(f"its counts add up to {sum(counts)}, not to {height} x {width}")
         rle = {"size": [height, width], "counts": counts}
-        return coco_mask.decode(coco_mask.frPyObjects(rle, height, width)).astype(bool)
+        return coco_mask.frPyObjects(rle, height, width)
     except UserError:
         raise
     except Exception as error:  # pycocotools raises many kinds on a malformed outline

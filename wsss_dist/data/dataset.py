@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Dataset:
 
     def id(self, i: int) -> str:
         """Name of image i within the data set: its path below the image folder without the ending."""
-        return str(Path(str(self.files[i])).with_suffix(""))
+        return image_id(str(self.files[i]))
 
     def path(self, i: int) -> Path | str:
         """The file of image i, or where else it lies, as messages name it."""
@@ -109,8 +109,8 @@ class Dataset:
         """Folders of ground-truth masks, there or not; nothing in them may be given to a training."""
         return []
 
-    def mask_file(self, i: int) -> Path | None:
-        """The file that `mask` reads for image i; None where it draws the mask, or there is none."""
+    def mask_file(self, i: int) -> Path | str | None:
+        """What `mask` reads for image i, the file or where else it lies; None: it draws the mask, or there is none."""
         return None
 
     def open_masks(self) -> None:
@@ -145,16 +145,21 @@ def checked_mask(path: Path, num_classes: int) -> np.ndarray:
 
 def checked_ids(mask: np.ndarray, path: Path | str, num_classes: int) -> np.ndarray:
     """`mask`, uint8 [H, W], if it holds the ids 0..num_classes and 255 alone. Raises UserError, which names `path`."""
-    counts = np.bincount(mask.reshape(-1), minlength=256)
-    wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
-    if len(wrong):
-        what = f"holds the ids {wrong[:5].tolist()}"
+    wrong = unknown_ids(mask, num_classes)
+    if wrong:
+        what = f"holds the ids {wrong[:5]}"
         message = (
             f"data: mask {path} {what}; expected 0 (background), 1..{num_classes} (the classes) and 255 (ignore): "
             "convert the mask, or correct data.classes"
         )
         raise BadFile(path, what, message)
     return mask
+
+
+def unknown_ids(ids: np.ndarray, num_classes: int) -> list[int]:
+    """Those of `ids`, uint8 [H, W], that are neither 0..num_classes nor 255, ascending and each once."""
+    counts = np.bincount(ids.reshape(-1), minlength=256)
+    return (np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1).tolist()
 
 
 def existing_root(root: Path) -> Path:
@@ -171,18 +176,12 @@ def check_images(folder: Path, files: list[str], where: Path, left_out: LeftOut 
     """Hold that each of `files` lies in `folder`, but for those left out; `where` is the list that names them.
 
     Raises:
-        BadFile: with how many are missing and the first three, or that there is none.
+        BadFile: with how many are missing and the first three, or that there is none, or as `check_names`.
     """
     if not files:
         what = "lists no image"
         raise BadFile(where, what, f"data: {where} {what}; expected at least one: add images, or name another split")
-    # an image's id is its name, and later stages write files under it
-    outside = [name for name in files if name.startswith("/") or ".." in name.split("/") or "\0" in name]
-    if outside:
-        what = f"holds {len(outside)} images whose names lead out of {folder}"
-        rows = [(str(where), f"the image {name!r} leads out of the folder") for name in outside]
-        message = f"data: {where} {what} (first: {outside[0]!r}); expected names as 'a.jpg' or 'b/a.jpg': correct them"
-        raise BadFile(where, what, message, rows)
+    check_names(files, where)
     missing = missing_files(folder, files)
     if left_out:
         missing = [name for name in missing if folder / name not in left_out]
@@ -191,6 +190,49 @@ def check_images(folder: Path, files: list[str], where: Path, left_out: LeftOut 
         rows = [(str(folder / name), f"the file is missing, and {where.name} names it") for name in missing]
         message = f"data: {where} {what} (first: {', '.join(missing[:3])}); copy them there, or correct data.root"
         raise BadFile(where, what, message, rows)
+
+
+def image_id(file: str) -> str:
+    """Id of an image, its path without the ending: the name of its mask, of its maps and of what stages make of it."""
+    return str(PurePosixPath(file).with_suffix(""))
+
+
+def check_names(files: list[str], where: Path | str) -> None:
+    """Hold that ids are distinct and stay inside a folder, for stages write files under them.
+
+    Args:
+        files: paths of the images.
+        where: the list that names them.
+    Raises:
+        BadFile: with how many do not, the first, and a row for each.
+    """
+    outside = [name for name in files if _leads_out(name)]
+    if outside:
+        what = f"holds {len(outside)} images whose names lead out of the folder"
+        rows = [(str(where), f"the image {name!r} leads out of the folder") for name in outside]
+        message = f"data: {where} {what} (first: {outside[0]!r}); expected names as 'a.jpg' or 'b/a.jpg': correct them"
+        raise BadFile(where, what, message, rows)
+    check_ids(files, where)
+
+
+def check_ids(files: list[str], where: Path | str) -> None:
+    """Hold that no two images have one id. Raises BadFile with the first two and a row for each pair."""
+    seen: dict[str, int] = {}
+    firsts = [seen.setdefault(image_id(name), k) for k, name in enumerate(files)]
+    pairs = [(files[first], files[k]) for k, first in enumerate(firsts) if first != k]
+    if pairs:
+        what = f"holds {len(pairs)} images with the id of another"
+        rows = [(str(where), f"the images {a} and {b} have one id, {image_id(a)}") for a, b in pairs]
+        message = (
+            f"data: {where} {what} (first: {pairs[0][0]} and {pairs[0][1]}); expected names that differ before the "
+            "ending, for masks, maps and pseudo labels are named without it: rename or remove one of each"
+        )
+        raise BadFile(where, what, message, rows)
+
+
+def _leads_out(name: str) -> bool:
+    parts = name.split("/")
+    return name.startswith("/") or ".." in parts or parts[-1] in ("", ".") or "\0" in name
 
 
 def missing_files(folder: Path, files: list[str]) -> list[str]:

@@ -18,6 +18,8 @@ MAX_PIXELS = 2**26
 # Most pixels that a byte can hold: each 8 x 8 block of a JPEG takes a bit or more, deflate shrinks 1032 times at most.
 _PIXELS_PER_BYTE = {"JPEG": 8 * 64, "MPO": 8 * 64, "PNG": 8 * 1032}
 _ORIENTATION = 0x0112
+# Pillow spreads grey of 2 and 4 bits over 0..255: what it multiplies by, after its name for what is in the file
+_SPREAD = {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}
 
 
 class DamagedImage(Exception):
@@ -96,7 +98,6 @@ def read_mask(path: Path | str, content: bytes | None = None) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings(action="ignore"), _open(path, content) as file:
-            file.load()
             if file.mode not in ("L", "P", "1"):
                 what = f"is a picture of mode '{file.mode}'"
                 message = (
@@ -107,7 +108,7 @@ def read_mask(path: Path | str, content: bytes | None = None) -> np.ndarray:
             if file.format in ("JPEG", "MPO"):
                 what = "is a JPEG, which does not keep ids"
                 raise BadFile(path, what, f"data: mask {path} {what}; expected a PNG: make the mask again")
-            return np.array(file, dtype=np.uint8)
+            return _ids(file)
     except UserError:
         raise
     except Exception as error:
@@ -116,17 +117,18 @@ def read_mask(path: Path | str, content: bytes | None = None) -> np.ndarray:
 
 
 def read_channel(path: Path, modes: tuple[str, ...]) -> np.ndarray:
-    """Read a picture of one 8-bit channel, of a Pillow mode in `modes`, as uint8 [H, W]; of a palette the ids count.
+    """Read a picture of one channel of at most 8 bits, of a Pillow mode in `modes`, as uint8 [H, W].
+
+    With "P" among the modes it holds ids, which are given as they are stored, else brightness: 255 is white.
 
     Raises:
         DamagedImage: unreadable, or of another mode.
     """
     try:
         with warnings.catch_warnings(action="ignore"), _open(path) as file:
-            file.load()
             if file.mode not in modes:
                 raise DamagedImage(str(path), f"it is a picture of mode '{file.mode}', not '{modes[0]}'")
-            return np.array(file, dtype=np.uint8)
+            return _ids(file) if "P" in modes else np.array(file, dtype=np.uint8)
     except DamagedImage:
         raise
     except Exception as error:
@@ -144,6 +146,16 @@ def _open(path: Path, content: bytes | None = None) -> Image.Image:
         file.close()
         raise DamagedImage(str(path), f"{claim}, which {size} bytes of {file.format} cannot hold")
     return file
+
+
+def _ids(file: Image.Image) -> np.ndarray:
+    """The ids that a picture of mode L, P or 1 stores, uint8 [H, W], whatever its bits. Raises what decoders raise."""
+    decoder, _, _, how = file.tile[0] if file.tile else ("", None, 0, "")
+    stored, *more = how if isinstance(how, tuple) else (how,)
+    # TIFF whose zero is white, PBM, and PGM of another maximum: their numbers come out changed, and not always back
+    if "I" in str(stored).partition(";")[2] or (decoder.startswith("ppm") and more != [255]):
+        raise ValueError(f"its numbers are grey values ({file.format}, {how}), not ids; expected a PNG")
+    return np.array(file, dtype=np.uint8) // _SPREAD.get(stored, 1)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from wsss_dist.data.config import MapConfig
-from wsss_dist.data.dataset import Dataset, missing_files
+from wsss_dist.data.dataset import Dataset, missing_files, unknown_ids
 from wsss_dist.data.decode import DamagedImage, read_channel
 from wsss_dist.data.erased import UnfitRegions, load_regions, read_manifest
 from wsss_dist.errors import BadFile, UserError
@@ -141,11 +141,10 @@ def _fix(name: str, cfg: MapConfig) -> str:
 
 def _labels(path: Path, num_classes: int) -> np.ndarray:
     ids = _channel(path, ("L", "P", "1"), "labels")
-    counts = np.bincount(ids.reshape(-1), minlength=256)
-    wrong = np.flatnonzero(counts[num_classes + 1 : 255]) + num_classes + 1
-    if len(wrong):
+    wrong = unknown_ids(ids, num_classes)
+    if wrong:
         known = f"0 (background), 1..{num_classes} (the classes) and 255 (undecided)"
-        raise UnfitMap(f"holds the ids {wrong[:5].tolist()}", known)
+        raise UnfitMap(f"holds the ids {wrong[:5]}", known)
     return ids
 
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import posixpath
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from wsss_dist.data.dataset import check_distinct
 from wsss_dist.errors import UserError
 from wsss_dist.files import write_whole
 
 INDEX, SAMPLES = "shards.json", "samples.npz"
 PICTURE, MASK, JSON = range(3)
+# endings by which a picture cannot be told from the other members of its sample
+NO_PICTURE = ("", ".json", ".cls")
 _VERSION = 1
 _HOW = "make it again: delete shards.json and run `python launch/prepare_data.py index FOLDER`"
 
@@ -163,19 +163,3 @@ def sample_key(file: str) -> str:
 def picture_member(file: str) -> str:
     """Name of an image in its shard."""
     return sample_key(file) + PurePosixPath(file).suffix.lower()
-
-
-def check_names(files: list[str], where: str) -> None:
-    """Hold that ids are distinct and stay inside a folder: later stages write one file for each.
-
-    Raises:
-        UserError: an id comes twice, or leads elsewhere.
-    """
-    for name in files:
-        parts = name.split("/")
-        if name.startswith("/") or ".." in parts or parts[-1] in ("", ".") or "\0" in name:
-            raise UserError(
-                f"data: {where} holds the image '{name}', whose name leads out of a folder; expected names as "
-                "'a.jpg' or 'b/a.jpg': rename it"
-            )
-    check_distinct([posixpath.splitext(name)[0] for name in files], "keys", where)

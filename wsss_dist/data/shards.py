@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from wsss_dist.data.config import ShardCacheConfig, is_url
-from wsss_dist.data.dataset import Dataset, checked_ids
+from wsss_dist.data.dataset import Dataset, check_names, checked_ids
 from wsss_dist.data.decode import DamagedImage, read_image, read_mask
 from wsss_dist.data.shard_cache import ShardCache
 from wsss_dist.data.shard_files import Place, missing, open_place
@@ -31,7 +31,6 @@ from wsss_dist.data.shard_index import (
     SAMPLES,
     Shard,
     ShardIndex,
-    check_names,
     parse_index,
     picture_member,
 )
@@ -82,10 +81,13 @@ class ShardDataset(Dataset):
     def has_masks(self) -> bool:
         return bool((self._sizes[:, MASK] >= 0).any())
 
+    def mask_file(self, i: int) -> str | None:
+        return f"{self.path(i)} (its mask)" if self.has_masks else None
+
     def mask(self, i: int) -> np.ndarray:
-        if not self.has_masks:
+        path = self.mask_file(i)
+        if path is None:
             return super().mask(i)
-        path = f"{self.path(i)} (its mask)"
         if self._sizes[i, MASK] < 0:
             raise UserError(
                 f"data: {path} is missing, though other images of '{self.name}' have one; make the shards again with "

@@ -1,27 +1,32 @@
 """Make the index of shards that exist: WebDataset files of others, or our own whose index was lost. Each is read once.
 
-A sample is the members of one key that lie side by side: a picture (.jpg, .jpeg, .png, .webp), its tags, and where
-there is one a mask: .mask.png or .seg.png, or .png beside a picture of another kind. Tags are in <key>.json under
-"tags", "labels", "classes", "label" or "cls", or in <key>.cls: names, or whole numbers that count the classes from 0.
+A sample is the members of one key that lie side by side: a picture, its tags, and where there is one a mask: .mask.png
+or .seg.png, or .png beside a picture of another kind. The picture has the ending of "path" in <key>.json, as our shards
+have it, else it is the .jpg, .jpeg, .webp or .png. Tags are in <key>.json under "tags", "labels", "classes", "label" or
+"cls", or in <key>.cls: names, or whole numbers that count the classes from 0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from wsss_dist.data.config import is_url
+from wsss_dist.data.dataset import check_names
 from wsss_dist.data.prepare.tar import HashingReader, Member, scan_tar
 from wsss_dist.data.shard_files import Place, open_place
-from wsss_dist.data.shard_index import INDEX, SAMPLES, Shard, ShardIndex, check_names, parse_index, write_index
+from wsss_dist.data.shard_index import INDEX, NO_PICTURE, SAMPLES, Shard, ShardIndex, parse_index, write_index
 from wsss_dist.errors import UserError
 
-_PICTURES = ("jpg", "jpeg", "png", "webp")
+# a .png beside one of the others is its mask
+_PICTURES = ("jpg", "jpeg", "webp", "png")
 _MASKS = ("mask.png", "seg.png", "png")
 _TAGS = ("tags", "labels", "classes", "label", "cls")
 
@@ -66,11 +71,24 @@ def index_shards(
     write_index(target, index)
     masks = int((index.sizes[:, 1] >= 0).sum())
     say(f"{len(index.files)} images of {len(index.classes)} classes, {masks} masks, in {len(tars)} shards: {target}")
+    _say_gap(tars, say)
+
+
+def _say_gap(tars: list[str], say: Callable[[str], None]) -> None:
+    """Say that shards numbered one after another have a gap; they may be a choice, so it is no error."""
+    numbers = {int(match[0]) for file in tars if (match := re.search(r"\d+(?=\.tar$)", file))}
+    gap = next((n for n in sorted(numbers)[:-1] if n + 1 not in numbers), None)
+    if gap is not None:
+        say(
+            f"between the shards {gap} and {min(n for n in numbers if n > gap)} others may be missing: compare with "
+            "where they come from, then delete the index and make it again"
+        )
 
 
 def _check(target: Path, place: Place, say: Callable[[str], None]) -> None:
     """Read every shard of an index that exists and compare the checksums."""
-    index = parse_index(str(target / INDEX), (target / INDEX).read_bytes(), (target / SAMPLES).read_bytes())
+    samples = (target / SAMPLES).read_bytes() if (target / SAMPLES).is_file() else b""
+    index = parse_index(str(target / INDEX), (target / INDEX).read_bytes(), samples)
     for shard in index.shards:
         with place.stream(shard.file) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -121,30 +139,29 @@ def _index(place: Place, tars: list[str], classes: list[str] | None, say: Callab
 class _Sample:
     """A picture with its tags and the places (offset, size, CRC-32) of picture, mask and JSON."""
 
-    def __init__(self, key: str, parts: dict[str, Member], where: str) -> None:
-        kind = next(k for k in parts if k in _PICTURES)
+    def __init__(self, where: str, file: str, kind: str, parts: dict[str, Member], about: dict[str, Any]) -> None:
         mask = next((k for k in _MASKS if k in parts and k != kind), None)
         chosen = [parts.get(kind), parts.get(mask), parts.get("json")]
         self.places = [(-1, -1, 0) if m is None else (m.offset, m.size, m.crc) for m in chosen]
-        self.where = f"{where}:{key}"
-        about = _json(parts["json"], self.where) if "json" in parts else {}
-        self.tags = _tags(about, parts.get("cls"), self.where)
-        path = about.get("path")
-        self.file = path if isinstance(path, str) and path else f"{key}.{kind}"
+        self.where, self.file = where, file
+        self.tags = _tags(about, parts.get("cls"), where)
 
 
 def _samples(members: list[Member], where: str, seen: dict[str, str]) -> Iterator[_Sample]:
     """The samples of a shard; `seen` holds the keys of the shards so far, with their shards."""
 
     def whole(key: str, parts: dict[str, Member]) -> Iterator[_Sample]:
-        if any(kind in _PICTURES for kind in parts):
+        about = _json(parts["json"], f"{where}:{key}") if "json" in parts and len(parts) > 1 else {}
+        path = about.get("path") if isinstance(about.get("path"), str) else ""
+        kind = _picture(parts, path, f"{where}:{key}")
+        if kind is not None:
             if key in seen:
                 raise UserError(
                     f"prepare: the key '{key}' is in {seen[key]} and again in {where}; expected each key once: give "
                     "the samples different keys, or take one of the shards away"
                 )
             seen[key] = where
-            yield _Sample(key, parts, where)
+            yield _Sample(f"{where}:{key}", path or f"{key}.{kind}", kind, parts, about)
 
     key, parts = None, {}
     for member in members:
@@ -158,6 +175,23 @@ def _samples(members: list[Member], where: str, seen: dict[str, str]) -> Iterato
             raise UserError(f"prepare: {where} holds '{member.name}' twice; expected each member once: make it again")
         parts[kind.lower()] = member
     yield from whole(key, parts)
+
+
+def _picture(parts: dict[str, Member], path: str, where: str) -> str | None:
+    """Ending of the picture of a sample, whose JSON says `path`; None where there is no picture."""
+    ending = PurePosixPath(path).suffix.lower()
+    if ending not in NO_PICTURE and ending.removeprefix(".") in parts:
+        return ending.removeprefix(".")
+    known = next((kind for kind in _PICTURES if kind in parts), None)
+    # what only looks like the picture may be the mask of one that is not known
+    endings = Image.registered_extensions()
+    other = next((kind for kind in parts if f".{kind}" in endings and kind not in _PICTURES), None)
+    if other is not None and known in (None, "png"):
+        raise UserError(
+            f"prepare: {where} holds a picture '.{other}'; expected {', '.join(_PICTURES)}, or that its .json names it "
+            "under 'path': convert it, or add that"
+        )
+    return known
 
 
 def _json(member: Member, where: str) -> dict[str, Any]:

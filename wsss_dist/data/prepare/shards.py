@@ -9,6 +9,7 @@ The folder appears under its name when it is complete; until then it is OUT/.<sp
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -17,7 +18,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,21 @@ from wsss_dist.data.shard_index import (
     INDEX,
     JSON,
     MASK,
+    NO_PICTURE,
     PICTURE,
     Shard,
     ShardIndex,
-    check_names,
     picture_member,
     read_header,
     sample_key,
     write_index,
 )
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 from wsss_dist.files import whole_file, write_whole
 
 _PROGRESS, _LOCK = "progress.json", "lock"
+# some network file systems have no locks
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 # raised when the same set would give other bytes
 _RECIPE = 1
 # first byte, size and CRC-32 of a member
@@ -72,9 +75,10 @@ def prepare_shards(
         raise UserError(f"prepare: --from is '{source}'; expected coco:FOLDER, voc:FOLDER or folder:FOLDER")
     if size < 1:
         raise UserError(f"prepare: --size is {size} bytes; expected more than 0, as 256MB")
-    dataset = build_dataset(DataConfig(format=form, root=root, train_split=split, classes=classes), split)
+    cfg = DataConfig(format=form, root=root, train_split=split, classes=classes)
+    dataset = build_dataset(cfg, split)
     files = dataset.files.tolist()
-    check_names(files, dataset.name)
+    _check_endings(dataset)
     check_distinct([sample_key(file) for file in files], "keys", dataset.name)
     if masks and not dataset.has_masks:
         raise UserError(f"prepare: '{dataset.name}' has no masks; leave --masks out, or add them")
@@ -88,11 +92,21 @@ def prepare_shards(
             dataset.open_masks()
         rows = _write_all(partial, dataset, made, _plan(sizes, size), done, say)
         write_index(partial, _index(dataset, rows, made))
-        _note(Path(root), out)
+        _note(cfg.root, out)
         (partial / _PROGRESS).unlink()
         (partial / _LOCK).unlink()
         partial.rename(out / split)
     say(f"{len(files)} images of '{dataset.name}' in {len(rows)} shards in {out / split}")
+
+
+def _check_endings(dataset: Dataset) -> None:
+    """Hold that each picture can be told from the other members of its sample when the shards are read again."""
+    odd = [name for name in dataset.files.tolist() if PurePosixPath(name).suffix.lower() in NO_PICTURE]
+    if odd:
+        what = f"holds {len(odd)} images without the ending of a picture"
+        rows = [(str(dataset.root / name), "its name has not the ending of a picture") for name in odd]
+        message = f"prepare: {dataset.name} {what} (first: {odd[0]}); expected one, as .jpg or .png: rename them"
+        raise BadFile(dataset.root, what, message, rows)
 
 
 def parse_size(text: str) -> int:
@@ -208,9 +222,9 @@ def _is_finished(folder: Path, made: dict[str, Any], say: Callable[[str], None])
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     index = folder / INDEX
-    found = read_header(str(index), index.read_bytes()) if index.is_file() else None
-    if found is None or found["made"] != made:
-        what = "something else" if found is None else f"shards of {found['made']}"
+    found = read_header(str(index), index.read_bytes()) if index.is_file() else {}
+    if found.get("made") != made:
+        what = f"shards of {found['made']}" if "made" in found else "something else"
         raise UserError(f"prepare: {folder} holds {what}; delete the folder, or give another --out")
     for shard in found["shards"]:
         path = folder / shard["file"]
@@ -231,8 +245,12 @@ def _partial_folder(out: Path, split: str, made: dict[str, Any]) -> Iterator[tup
     with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"prepare: another process writes {folder}; wait for it, or give another --out") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                message = f"prepare: another process writes {folder}; wait for it, or give another --out"
+                raise UserError(message) from None
+            if error.errno not in _NO_LOCKS:
+                raise
         try:
             begun = json.loads((folder / _PROGRESS).read_text())
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A tiny COCO-format data set of coloured shapes, for tests and first tries: no download, written in a moment."""
+"""A tiny COCO-format data set of coloured shapes, written in a moment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHAPES = ("disc", "square", "triangle")
 def write_synthetic_dataset(root: Path, num_train: int, num_val: int, size: int, num_classes: int, seed: int) -> Path:
     """Write splits "train" and "val" of noisy pictures with one or two coloured shapes; a class is a colour and a form.
 
-    The layout is the COCO format of `coco.py` with `labels`, masks as PNG and as RLE. Same arguments, same bytes.
+    The layout is that of `wsss_dist/data/coco.py` with `labels`, masks as PNG and as RLE. Same arguments, same bytes.
 
     Args:
         root: folder to create.

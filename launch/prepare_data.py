@@ -108,7 +108,9 @@ def _parser() -> Parser:
 
 def _add_official(commands) -> None:
     coco = commands.add_parser("coco", help="COCO 2014 from train2014.zip, val2014.zip, annotations_trainval2014.zip")
-    voc = commands.add_parser("voc", help="VOC 2012 from VOCtrainval_11-May-2012.tar and SBD's benchmark.tgz")
+    voc = commands.add_parser(
+        "voc", help="VOC 2012 from VOCtrainval_11-May-2012.tar and SBD's benchmark.tgz, with VOC2012test.tar or without"
+    )
     folder = commands.add_parser("folder", help="check a data set of the folder format and write its manifest")
     folder.add_argument("root", type=Path, help="folder with <split>/images and <split>/labels.csv")
     for command, out in ((coco, "data/coco14"), (voc, "data/VOCdevkit")):
@@ -145,7 +147,8 @@ def _add_checks(commands) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    coding = sys.stdout.encoding or "utf-8"
+    print(line.encode(coding, "backslashreplace").decode(coding), flush=True)  # a file name need not be text
 
 
 def _track(done: str, things: str, items: Iterable, total: int) -> Iterator:

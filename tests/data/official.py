@@ -1,6 +1,6 @@
 """Archives with the layout, the names and the quirks of COCO 2014, VOC 2012 and SBD, of any size, drawn from a seed.
 
-`python -m tests.data.official coco|voc OUT [--full] [--folders]` writes them; --full has the official counts.
+`python -m tests.data.official coco|voc OUT [--full] [--folders] [--test]` writes them; --full has the official counts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ SMALL_COCO = {"train2014": (9, 2, 30), "val2014": (5, 1, 14)}
 # images, train, val, SBD, of these in train or val
 FULL_VOC = (17125, 1464, 1449, 11355, 2237)
 SMALL_VOC = (14, 4, 3, 8, 3)
+# images of the test set, in its list for segmentation, with an XML
+FULL_TEST = (16135, 1456, 5138)
+SMALL_TEST = (9, 3, 2)
 _POOL = 400
 
 
@@ -149,14 +152,19 @@ def voc_names(counts: tuple = SMALL_VOC) -> dict[str, list[str]]:
     }
 
 
-def write_voc(folder: Path, counts: tuple = SMALL_VOC, folders: bool = False) -> Path:
-    """The archives of VOC 2012 and SBD, or what they unpack to, in `folder`."""
+def write_voc(
+    folder: Path, counts: tuple = SMALL_VOC, folders: bool = False, test: tuple[int, int, int] | None = None
+) -> Path:
+    """The archives of VOC 2012 and SBD, or what they unpack to, in `folder`; with `test` that of the test set too."""
     folder.mkdir(parents=True, exist_ok=True)
     names = voc_names(counts)
-    for contents, archive, mode in (
+    made = [
         (_voc_files(names), "VOCtrainval_11-May-2012.tar", "w"),
         (_sbd_files(names), "benchmark.tgz", "w:gz"),
-    ):
+    ]
+    if test is not None:
+        made.append((_test_files(*test), "VOC2012test.tar", "w"))
+    for contents, archive, mode in made:
         if folders:
             write_folder(folder, contents)
         else:
@@ -191,6 +199,23 @@ def _voc_files(names: dict[str, list[str]]) -> Iterator[tuple[str, bytes]]:
         for split, listed in lists.items():
             # the last line of some has no line break
             yield f"{base}/ImageSets/{kind}/{split}.txt", "\n".join(listed).encode()
+
+
+def voc_test_names(images: int) -> list[str]:
+    return [f"{2008 + k % 5}_{900000 + k:06d}" for k in range(images)]
+
+
+def _test_files(images: int, listed: int, boxes: int) -> Iterator[tuple[str, bytes]]:
+    """The test set: for most images nothing but the picture, for the last an XML with the boxes of persons."""
+    base, names = "VOCdevkit/VOC2012", voc_test_names(images)
+    pictures = [jpeg(50 + k, SIZES[k % len(SIZES)]) for k in range(8)]
+    for k, name in enumerate(names):
+        yield f"{base}/JPEGImages/{name}.jpg", pictures[k % 8]
+    for name in names[images - boxes :]:
+        yield f"{base}/Annotations/{name}.xml", _xml(name, 14)  # a person
+    yield f"{base}/ImageSets/Segmentation/test.txt", "\n".join(names[:listed]).encode()
+    yield f"{base}/ImageSets/Main/test.txt", "\n".join(names[: images - boxes]).encode()
+    yield f"{base}/ImageSets/Action/test.txt", "".join(f"{n} 1\n" for n in names[images - boxes :]).encode()
 
 
 def _xml(name: str, k: int) -> bytes:
@@ -230,6 +255,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--full", action="store_true", help="the official counts")
     parser.add_argument("--part", type=int, help="the official counts divided by this")
+    parser.add_argument("--test", action="store_true", help="with the archive of the test set of VOC")
     parser.add_argument("--folders", action="store_true", help="what the archives unpack to")
     args = parser.parse_args()
     part = 1 if args.full else args.part
@@ -237,7 +263,9 @@ def main() -> None:
         full = {split: tuple(n // part for n in counts) for split, counts in FULL_COCO.items()} if part else SMALL_COCO
         write_coco(args.out, full, args.folders)
     else:
-        write_voc(args.out, tuple(n // part for n in FULL_VOC) if part else SMALL_VOC, args.folders)
+        counts, test = (FULL_VOC, FULL_TEST) if part else (SMALL_VOC, SMALL_TEST)
+        counts, test = (tuple(n // (part or 1) for n in numbers) for numbers in (counts, test))
+        write_voc(args.out, counts, args.folders, test if args.test else None)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,38 @@ def test_files_are_unpacked_and_what_is_there_is_kept(kind, tmp_path, into):
     assert only.written == 1
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar", "tgz"])
+def test_a_file_that_was_damaged_is_unpacked_again(kind, tmp_path, into):
+    """Its size is that of the member; the large one is longer than the pieces that are compared."""
+    noise = np.random.default_rng(0).bytes(5 * 2**19)
+    files = {**FILES, "top/large": noise}
+    path = write(kind, tmp_path, list(files.items()))
+    unpack(path, into)
+    for name, at in (("top/a.txt", 2), ("top/b/c.bin", 5000), ("top/large", 2**20 + 7), ("top/large", 2**21 + 9)):
+        data = bytearray(files[name])
+        data[at] ^= 1
+        (into / name).write_bytes(data)
+        counts = unpack(path, into)
+        assert (counts.written, counts.kept) == (1, 3) and found(into) == files
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path, into):
+    path = write_zip(tmp_path / "x.zip", [("a" * 300 + ".jpg", b"x")])
+    with pytest.raises(
+        UserError, match="x.zip holds '.?a{150}.*', a name too long for the disk; it is not the officia"
+    ):
+        unpack(path, into)
+    path = write_tar(tmp_path / "x.tar", [("a" * 250, b"x")])  # its own name is not, that of the half file is
+    with pytest.raises(UserError, match="x.tar holds '.?a{150}.*', a name too long for the disk"):
+        unpack(path, into)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"])
+def test_what_macos_adds_is_not_unpacked(kind, tmp_path, into):
+    members = [("top/a", b"x"), ("top/._a", b"y"), ("__MACOSX/top/a", b"z"), ("__MACOSX/top/._a", b"z")]
+    assert unpack(write(kind, tmp_path, members), into).written == 1 and found(into) == {"top/a": b"x"}
+
+
 def special_zip(name: str, mode: int) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name)
     entry.external_attr = mode << 16

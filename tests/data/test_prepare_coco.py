@@ -153,7 +153,7 @@ def test_nothing_of_the_user_is_overwritten(archives, folders, tmp_path):
         run("coco", folders, tmp_path / "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "train2014").symlink_to(tmp_path / "a")
-    with pytest.raises(UserError, match="c/train2014 is a link, and nothing is unpacked through it"):
+    with pytest.raises(UserError, match="c/train2014 is a link, and nothing is written through it"):
         run("coco", archives, tmp_path / "c")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "manifest.json").write_text("[]")

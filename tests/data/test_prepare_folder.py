@@ -39,6 +39,7 @@ def test_what_is_wrong_is_listed_and_the_lists_stay(root):
     sets.add_mask(root, "c.png", {0: 9})
     sets.picture().save(root / "train/masks/b.png")
     (root / "train/images/more.jpg").write_bytes(b"x")
+    (root / "train/images/._a.png").write_bytes(b"of macOS")
     labels = (root / "train/labels.csv").read_bytes()
     with pytest.raises(UserError, match="4 files cannot be used .*or add --on-problem continue to write the manifest"):
         run("folder", None, root)
@@ -51,6 +52,27 @@ def test_what_is_wrong_is_listed_and_the_lists_stay(root):
     assert rows["train/images/"] == ("note", "1 files that labels.csv does not name (first: more.jpg)", "not used")
     run("folder", None, root, on_problem="continue")
     assert (root / "train/labels.csv").read_bytes() == labels and "train/images/a.png" not in manifest(root)["files"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "x/.", "x/", "../../own/train/images/a.png", "/etc/hostname", "a\0.jpg"])
+def test_a_name_that_is_none_is_the_mistake_of_its_list(root, name):
+    (root / "train/labels.csv").write_text(f"image,labels\na.png,\n{name},cat\n")
+    with pytest.raises(UserError, match="train/labels.csv .*(nam|lead|CSV)"):
+        run("folder", None, root, on_problem="continue")
+    assert [row for row in problems(root) if row[0] == "train/labels.csv" and row[1] == "error"]
+
+
+def test_masks_that_come_between_two_attempts_are_checked(root):
+    """Without them the images were finished already; the resumed run ends as a fresh one does."""
+    (root / "train/masks").rename(root / "masks")
+    (root / "train/images/b.jpg").rename(root / "b.jpg")
+    with pytest.raises(UserError, match="1 files cannot be used"):
+        run("folder", None, root)
+    (root / "masks").rename(root / "train/masks")
+    (root / "b.jpg").rename(root / "train/images/b.jpg")
+    (root / "train/masks/c.png").unlink()
+    with pytest.raises(UserError, match="1 files cannot be used .first: train/masks/c.png: the file is missing"):
+        run("folder", None, root)
 
 
 def test_what_is_no_such_folder(tmp_path, root):

@@ -6,6 +6,8 @@ of them; -s shows when it killed.
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,6 +22,7 @@ import pytest
 
 from tests.data import official
 from tests.data.preparing import contents, run
+from wsss_dist.data.prepare.work import WorkFolder, finish_items
 from wsss_dist.errors import UserError
 
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "launch" / "prepare_data.py")]
@@ -146,6 +149,29 @@ def test_two_at_once_are_refused(tmp_path):
     go_on.set()
     process.join()
     assert process.exitcode == 0 and "is complete" in run("coco", source, out)[-1]
+
+
+def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    source = archives("coco", tmp_path / "archives")
+    monkeypatch.setattr("wsss_dist.data.prepare.work.fcntl.lockf", refuse)
+    assert "is complete" in run("coco", source, tmp_path / "out")[-1]
+
+
+def test_the_journal_keeps_names_that_are_no_text(tmp_path):
+    work, done = WorkFolder(tmp_path / "out"), []
+    key = os.fsdecode(b"caf\xe9.jpg")
+
+    def function(item: str) -> dict:
+        done.append(item)
+        return {"stamp": [], "files": {}, "problems": [(item, "note", "odd", "kept")]}
+
+    for _ in range(2):
+        results = finish_items(work, {}, {key: key}, function, workers=0, track=lambda items, total: items)
+    assert done == [key] and json.loads(results[key])["problems"][0][0] == key
+    work.release()
 
 
 def _prepare(source: Path, out: Path, say) -> None:

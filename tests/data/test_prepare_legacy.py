@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,32 @@ def test_a_file_of_an_older_numpy_and_of_python_2(tmp_path):
     assert pickle.loads(old, encoding="latin1")["a"].tolist() == [1, 0, 1]  # noqa: S301 (written above)
     path.write_bytes(head.getvalue() + old)
     assert read_onehot(path, 3)["a"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_names_that_are_scalars_of_numpy(tmp_path, protocol):
+    """A dict made from an array of names or numbers has them."""
+    names = [np.str_("2007_000001"), np.str_("é"), np.int64(9), np.uint32(7), np.array(["x"], ">U1")[0]]
+    found = read_onehot(save(tmp_path / "x.npy", {name: TAGS[0] for name in names}, protocol), 3)
+    assert list(found) == ["2007_000001", "é", 9, 7, "x"] and all(type(name) in (str, int) for name in found)
+    with pytest.raises(UserError, match="is no cls_labels_onehot.npy .ValueError: a name of type 'f8'"):
+        read_onehot(save(tmp_path / "x.npy", {np.float64(0.5): TAGS[0]}, protocol), 3)
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path):
+    """137 bytes that name the object of number 2^26: the fast unpickler makes room for as many."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|O", "fortran_order": False, "shape": ()})
+    path = tmp_path / "x.npy"
+    path.write_bytes(head.getvalue() + b"\x80\x02}r" + (2**26).to_bytes(4, "little") + b".")
+    command = (
+        "import resource, sys; from pathlib import Path; from wsss_dist.data.prepare.legacy import read_onehot; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; read_onehot(Path(sys.argv[1]), 3); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", command, str(path)], capture_output=True, text=True, timeout=120)
+    kilobytes = int(done.stdout)  # on Linux; macOS counts bytes, of which 512 MiB are more
+    assert kilobytes < 100_000 or sys.platform != "linux"
 
 
 class Payload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from tests.data.preparing import manifest, run
 from tests.data.shards_made import flip
 from tests.data.shards_made import write as write_shards
 from wsss_dist.data import build_dataset
+from wsss_dist.data.prepare.check import check
 from wsss_dist.data.prepare.verify import verify
 from wsss_dist.data.problems import STAYS, LeftOut, add_problems, read_problems, write_problems
 from wsss_dist.errors import UserError
@@ -96,6 +98,41 @@ def test_the_commands_say_it_by_their_status(tmp_path):
         done = subprocess.run([*PREPARE, *command], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.startswith("error: prepare: 1 ") and "Traceback" not in done.stderr
         assert has(table(root / f"{name}.csv"), "train/images/b.jpg", "the file is empty")
+
+
+@pytest.mark.parametrize("command", ["verify", "check"])
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_read(command, tmp_path, monkeypatch):
+    root, *_ = made("folder", tmp_path / "set")
+    run("folder", None, root)
+    monkeypatch.setattr("wsss_dist.data.prepare.verify.in_processes", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr("wsss_dist.data.prepare.check.in_processes", lambda *_: pytest.fail("it was read"))
+
+    def start(report: Path | None) -> None:
+        if command == "verify":
+            verify(root, report, 0, QUIET)
+        else:
+            check(f"folder:{root}", ["train"], None, report, 0, QUIET)
+
+    for report, reason in ((tmp_path / "none/x.csv", "No such file or directory"), (tmp_path, "it is a folder")):
+        with pytest.raises(
+            UserError, match=f"the table cannot be written to {report} .{reason}.; give a file .*--repo"
+        ):
+            start(report)
+
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("wsss_dist.data.prepare.verify.tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=f"written to {root}/{command}.csv .Read-only file system.; give a file"):
+        start(None)
+
+
+def test_the_home_folder_is_that_of_the_reader(tmp_path, monkeypatch):
+    made("folder", tmp_path / "set")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    check("folder:~/set", ["train"], None, None, 0, QUIET)
+    assert (tmp_path / "set/check.csv").is_file() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"files": [1]}', '{"files": {"a": 5}}', "x" * 9, '{"files": {"a": {}}}'])

@@ -7,7 +7,9 @@
     SegmentationClass/<name>.png, SegmentationClassAug/<name>.png       masks, for evaluation
 
 Objects marked difficult count as tags, as in the label files that the literature uses. An image with an official mask
-is evaluated with that one, others with the mask of SegmentationClassAug (SBD), so `train` never mixes the two.
+is evaluated with that one, others with the mask of SegmentationClassAug (SBD), so `train` never mixes the two. What is
+in the images of `test` VOC keeps to itself: where none of them has an XML, nor a row in labels.csv, they are without
+tags and masks, for predictions alone; in any other list an image without is an error.
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ class VocDataset(Dataset):
         self._base = _base(existing_root(root))
         classes = list(VOC_CLASSES) if classes is None else classes
         listed = _split_file(self._base, split)
-        names = _names(listed)
+        names = read_list(listed)
         check_distinct(names, "images", listed)
         check_images(self._base / "JPEGImages", [f"{name}.jpg" for name in names], listed, left_out)
         named = len(names)
         if left_out:
             names = [name for name in names if not self._is_left_out(name, left_out)]
+        self._secret = split == "test" and not any(path.exists() for path in map(self._xml, names))
         if (self._base / "labels.csv").is_file():
-            tags = _tags_from_csv(self._base / "labels.csv", names, classes)
+            tags = _tags_from_csv(self._base / "labels.csv", names, classes, self._secret)
+        elif self._secret:
+            tags = np.zeros((len(names), len(classes)), np.uint8)
         else:
             tags = _tags_from_xml(self._base / "Annotations", names, classes)
         files = [f"{name}.jpg" for name in names]
@@ -51,12 +56,14 @@ class VocDataset(Dataset):
 
     def _is_left_out(self, name: str, left_out: LeftOut) -> bool:
         """Is its picture left out, or its XML, without which it has no tags?"""
-        picture, xml = self._base / "JPEGImages" / f"{name}.jpg", self._base / "Annotations" / f"{name}.xml"
-        return picture in left_out or xml in left_out
+        return self._base / "JPEGImages" / f"{name}.jpg" in left_out or self._xml(name) in left_out
+
+    def _xml(self, name: str) -> Path:
+        return self._base / "Annotations" / f"{name}.xml"
 
     @property
     def has_masks(self) -> bool:
-        return any(folder.is_dir() for folder in self.mask_folders)
+        return not self._secret and any(folder.is_dir() for folder in self.mask_folders)
 
     @property
     def mask_folders(self) -> list[Path]:
@@ -83,14 +90,32 @@ def _base(root: Path) -> Path:
     )
 
 
-def _names(listed: Path) -> list[str]:
-    """Names of the images of a list."""
+def read_list(listed: Path) -> list[str]:
+    """Names of the images of a list, one a line; a folder before and .jpg behind are dropped, and further columns.
+
+    Raises:
+        BadFile: missing, unreadable, or a list of the images of a class, which has -1, 0 or 1 behind every name.
+    """
+    rows = list_rows(listed)
+    judged = next((row for row in rows if len(row) > 1 and row[1] in ("-1", "0", "1")), None)
+    if judged is not None:
+        what = f"says of each image whether it shows one class ('{' '.join(judged)}'), and is no list of a split"
+        raise BadFile(listed, what, f"data: {listed} {what}; expected a name a line: choose another split, as 'train'")
+    # SBD's lists name /JPEGImages/<name>.jpg; what else a name has with a dot is its own
+    return [row[0].rpartition("/")[2].removesuffix(".jpg") for row in rows]
+
+
+def list_rows(listed: Path) -> list[list[str]]:
+    """The columns of every line of a list of images. Raises BadFile."""
     try:
-        text = listed.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        what = f"is no text ({error})"
+        text = listed.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        message = f"data: {listed} is missing; unpack the official archive again"
+        raise BadFile(listed, "the file is missing", message) from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"is no text ({error})"
         raise BadFile(listed, what, f"data: {listed} {what}; unpack the archive again") from None
-    return [Path(line.split()[0]).stem for line in text.splitlines() if line.strip()]
+    return [line.split() for line in text.splitlines() if line.strip()]
 
 
 def _split_file(base: Path, split: str) -> Path:
@@ -105,10 +130,13 @@ def _split_file(base: Path, split: str) -> Path:
     )
 
 
-def _tags_from_csv(path: Path, names: list[str], classes: list[str]) -> np.ndarray:
+def _tags_from_csv(path: Path, names: list[str], classes: list[str], secret: bool) -> np.ndarray:
+    """The rows of a table; those of images that are `secret` may all be missing."""
     listed, tags = read_labels_csv(path, classes)
     row_of = {name.removesuffix(".jpg"): k for k, name in enumerate(listed)}
     missing = [name for name in names if name not in row_of]
+    if secret and len(missing) == len(names):
+        return np.zeros((len(names), len(classes)), np.uint8)
     if missing:
         what = f"has no row for {len(missing)} images of the split"
         message = (
@@ -141,6 +169,9 @@ def _classes_of(path: Path, name: str, index: dict[str, int]) -> list[int]:
     except FileNotFoundError:
         message = f"data: {path} is missing, so the tags of {name} are unknown; restore it, or give a labels.csv"
         raise BadFile(path, "the file is missing", message) from None
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise BadFile(path, what, f"data: {path} {what}; unpack the archive again") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of its encoding
         what = f"is not readable XML ({error})"
         raise BadFile(path, what, f"data: {path} {what}; unpack the archive again") from None

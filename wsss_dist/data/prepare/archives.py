@@ -1,18 +1,20 @@
 """Unpacks zip, tar and tar.gz archives of data sets: nothing lands outside the folder, nothing grows without limit.
 
-A member is written beside its place and renamed, so a file under its name is whole, and an unpacking that was killed
-goes on with the members that are not there yet. An archive with a name that leads out of the folder, or with a link or
+A member is written beside its place and renamed, so a file under its name is whole. One that is there is kept if its
+bytes are those of the archive: an unpacking that was killed goes on with the others, and a file that was damaged since
+is written again. An archive with a name that leads out of the folder, or with a link or
 a device among the wanted members, is refused: the official ones have none, so it is not what it claims to be.
 """
 
 from __future__ import annotations
 
+import errno
 import shutil
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -78,6 +80,8 @@ def unpack_archive(
         except OSError as error:
             if error.errno is None:  # gzip's own, not the disk's
                 raise _broken(path, str(error)) from None
+            if error.errno == errno.ENAMETOOLONG:
+                raise _refused(path, Path(error.filename).name, "a name too long for the disk") from None
             raise
 
 
@@ -108,6 +112,18 @@ def _refused(archive: Path, name: str, why: str) -> BadFile:
     return BadFile(archive, what, message)
 
 
+def of_macos(name: str) -> bool:
+    """Is it what macOS adds to folders and archives of others: `._<file>`, or anything below __MACOSX?"""
+    parts = name.split("/")
+    return parts[-1].startswith("._") or "__MACOSX" in parts
+
+
+def archive_in(sources: Iterable[Path], name: str) -> Path | None:
+    """The archive of this file name that is, or lies in, one of the sources."""
+    packed = (path for source in sources for path in (source / name, source) if path.name == name)
+    return next((path for path in packed if path.is_file()), None)
+
+
 class _Budget:
     """Counts what an archive unpacks to, before it is written."""
 
@@ -130,7 +146,7 @@ class _Budget:
                 name,
                 f"with which it unpacks to {self.bytes:,} bytes, more than {MAX_RATIO} times its size",
             )
-        place = self.target(clean)
+        place = None if of_macos(clean) else self.target(clean)
         if place is not None and special is not None:
             raise _refused(self.archive, name, special)
         if place is not None and clean in self.seen:
@@ -151,7 +167,7 @@ def _unpack_zip(path: Path, file: IO[bytes], target: Target, skipped: Callable[[
                 wanted.append((member, place))
         if sum(m.compress_size for m in members) > path.stat().st_size:
             raise _refused(path, members[-1].filename, "which lies on top of another file")
-        todo = [(member, place) for member, place in wanted if not _is_there(place, member.file_size)]
+        todo = [(member, place) for member, place in wanted if not _has_content(place, member)]
         _check_space(path, [(place, member.file_size) for member, place in todo])
         written = 0
         for member, place in todo:
@@ -191,12 +207,10 @@ def _unpack_tar(path: Path, file: IO[bytes], packed: bool, target: Target) -> Co
             place = budget.admit(member.name, member.size, special)
             if place is None:
                 continue
-            if _is_there(place, member.size):
+            if _write(archive.extractfile(member), member.size, place, path):
+                written += 1
+            else:
                 kept += 1
-                continue
-            _check_space(path, [(place, member.size)])
-            _write(archive.extractfile(member), member.size, place, path)
-            written += 1
     # tarfile takes a stop between two members, and a broken header, for the end
     if stream.last.strip(b"\0") or len(stream.last) != tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it ends without an end mark")
@@ -234,7 +248,18 @@ class _Watched:
         return self.file.tell()
 
 
-def _is_there(place: Path, size: int) -> bool:
+def _has_content(place: Path, member: zipfile.ZipInfo) -> bool:
+    """Is there a file with the size and the checksum of a member of a zip?"""
+    if not _has_size(place, member.file_size):
+        return False
+    checksum = 0
+    with place.open("rb") as file:
+        while block := file.read(_COPY):
+            checksum = zlib.crc32(block, checksum)
+    return checksum == member.CRC
+
+
+def _has_size(place: Path, size: int) -> bool:
     try:
         found = place.stat()
     except FileNotFoundError:
@@ -256,13 +281,35 @@ def _check_space(archive: Path, files: list[tuple[Path, int]]) -> None:
         )
 
 
-def _write(source: IO[bytes], size: int, place: Path, archive: Path) -> None:
+def _write(source: IO[bytes], size: int, place: Path, archive: Path) -> bool:
+    """Write a member, unless a file of the same bytes is there; whether it was written."""
+    blocks, same, other = _blocks(source, size, place, archive), 0, b""
+    if _has_size(place, size):
+        with place.open("rb") as there:
+            for block in blocks:
+                if there.read(len(block)) != block:
+                    other = block
+                    break
+                same += len(block)
+            else:
+                return False
+    _check_space(archive, [(place, size)])
     place.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(place) as partial:
-        with partial.open("wb") as out:
-            left = size
-            while left > 0 and (block := source.read(min(_COPY, left))):
-                out.write(block)
-                left -= len(block)
-            if left:
-                raise _broken(archive, f"{place.name} has not the {size:,} bytes that it declares")
+    with whole_file(place) as partial, partial.open("wb") as out:
+        # a tar.gz that goes back is unpacked from its beginning, so what was compared comes from the file
+        if same:
+            with place.open("rb") as there:
+                for at in range(0, same, _COPY):
+                    out.write(there.read(min(_COPY, same - at)))
+        out.write(other)
+        out.writelines(blocks)
+    return True
+
+
+def _blocks(source: IO[bytes], size: int, place: Path, archive: Path) -> Iterator[bytes]:
+    """The `size` bytes of a member, piece by piece."""
+    while size > 0 and (block := source.read(min(_COPY, size))):
+        yield block
+        size -= len(block)
+    if size:
+        raise _broken(archive, f"{place.name} lacks {size:,} of the bytes that it declares")

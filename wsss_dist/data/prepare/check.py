@@ -16,6 +16,7 @@ from wsss_dist.data.config import DataConfig, is_url
 from wsss_dist.data.dataset import Dataset
 from wsss_dist.data.decode import DamagedImage
 from wsss_dist.data.folder import read_classes
+from wsss_dist.data.prepare.verify import check_report
 from wsss_dist.data.prepare.work import in_processes
 from wsss_dist.data.problems import STAYS, Problem, problems_of, write_problems
 from wsss_dist.data.readers import build_dataset
@@ -42,7 +43,8 @@ def check(
         classes: file of the class names, where the format does not give them.
         report: the table; None: check.csv in the folder.
     Raises:
-        UserError: there is no such folder or split, or files cannot be used, which the table names.
+        UserError: there is no such folder or split, the table cannot be written, or files cannot be used, which it
+            names.
     """
     form, _, root = source.partition(":")
     if form not in _FORMATS or not root:
@@ -51,6 +53,10 @@ def check(
         raise UserError(f"prepare: --workers is {workers}; expected 0 (this process alone) or more")
     if is_url(root) and report is None:
         raise UserError(f"prepare: the table of {root} needs a file of this machine; give --report")
+    root = root if is_url(root) else str(Path(root).expanduser())  # as the reader does
+    report = report or Path(root) / REPORT
+    if is_url(root) or Path(root).is_dir():  # else the reader says what is wrong with it
+        check_report(report)
     names = read_classes(classes) if classes else None
     values = {"format": form, "root": root, "classes": names, "eval_splits": splits, "train_split": splits[0]}
     problems: list[Problem] = []
@@ -67,7 +73,6 @@ def check(
             problems += chain.from_iterable(console.track(results, len(dataset)))
         finally:
             _shared.clear()
-    report = report or Path(root) / REPORT
     problems = [(_below(path, report.parent), *rest) for path, *rest in problems]
     write_problems(report, problems)
     if problems:

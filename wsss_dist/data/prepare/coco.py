@@ -25,6 +25,7 @@ import numpy as np
 from wsss_dist.data.coco_masks import draw_mask
 from wsss_dist.data.dataset import missing_files
 from wsss_dist.data.palette import palette_picture
+from wsss_dist.data.prepare.archives import of_macos
 from wsss_dist.data.prepare.coco_index import AnnotationIndex
 from wsss_dist.data.prepare.coco_lists import SPLITS, families, legacy_files, list_names, split_lists, tags_of
 from wsss_dist.data.prepare.fetch import sha256_of
@@ -43,6 +44,7 @@ from wsss_dist.data.prepare.inputs import (
 from wsss_dist.data.prepare.legacy import read_onehot
 from wsss_dist.data.prepare.manifest import (
     LEFT_OUT,
+    MISSING,
     Problem,
     check_picture,
     file_record,
@@ -51,6 +53,7 @@ from wsss_dist.data.prepare.manifest import (
     settle_problems,
     write_manifest,
 )
+from wsss_dist.data.prepare.verify import unusable
 from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of
 from wsss_dist.errors import BadFile, UserError
 from wsss_dist.files import write_whole
@@ -105,14 +108,14 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
         _shared.clear()
     files, bad, problems = gather(results, [*work.problems, *problems])
     settle_problems(out, problems, options.on_problem, console.say)
-    usable = {split: np.zeros(len(index.images), bool) for split, index in indexes.items()}
+    used = {split: np.zeros(len(index.images), bool) for split, index in indexes.items()}
     for name, (split, row) in items.items():
-        usable[split][row] = name not in bad
+        used[split][row] = name not in bad
 
     tags = {split: tags_of(split, index, rows[split], imported, console.say) for split, index in indexes.items()}
-    made = split_lists(indexes, usable, tags)
+    made = split_lists(indexes, used, tags)
     if options.legacy:
-        made |= legacy_files(indexes, usable, tags)
+        made |= legacy_files(indexes, used, tags)
     for name, content in made.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(out / name, content)
@@ -120,9 +123,10 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
     for index in indexes.values():
         size = index.path.stat().st_size
         files[f"annotations/{index.path.name}"] = json.dumps({"sha256": sha256_of(index.path), "size": size})
-    counts = {f"{name} images": int(mask.sum()) for name, _, mask in families(indexes, usable)}
-    left_out = sum(len(rows[split]) - int(usable[split].sum()) for split in SPLITS)
-    write_manifest(out, {"about": _ABOUT, "settings": settings, "counts": counts, "left_out": left_out}, files)
+    counts = {f"{name} images": int(mask.sum()) for name, _, mask in families(indexes, used)}
+    left_out = sum(len(rows[split]) - int(used[split].sum()) for split in SPLITS)
+    head = {"about": _ABOUT, "settings": settings, "counts": counts, "left_out": left_out}
+    write_manifest(out, head | unusable(out, problems, work.archives), files)
     listed = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     console.say(f"{out} is complete: {listed}; {len(files):,} files in manifest.json")
 
@@ -139,9 +143,12 @@ def _place_inputs(work: WorkFolder, options: Options, console: Console) -> None:
         folders = (f"annotations/{name}", name, "")
         places[out / "annotations" / name] = find(options, folders, _ANNOTATIONS, f"the annotations of {split}")
     refuse_foreign(work, [out / "masks", *(out / "annotations" / f"{name}.json" for name in list_names())])
+    own_folder(out / "annotations", *(path.parent for path, _ in places.values() if path is not None))
+    for place in (out / "masks", *(out / "masks" / split for split in SPLITS), out / "legacy"):
+        own_folder(place)
     for place, (unpacked, archive) in places.items():
         if unpacked is not None:
-            link(unpacked, place)
+            link(work, unpacked, place)
             continue
         own_folder(place)
         if archive.name == _ANNOTATIONS.name:
@@ -170,8 +177,8 @@ def _rows(out: Path, indexes: dict[str, AnnotationIndex], subset: bool) -> tuple
     rows, problems = {}, []
     for split, index in indexes.items():
         names = [image.file_name for image in index.images]
-        twice = {row for row, _, reason, _ in index.defects if row is not None and "comes twice" in reason}
-        for row, kind, reason, effect in index.defects:
+        twice = {defect.row for defect in index.defects if defect.again}
+        for row, kind, reason, effect, _ in index.defects:
             name = f"annotations/{index.path.name}" if row is None or row in twice else f"{split}/{names[row]}"
             problems.append((name, kind, reason, effect))
         absent = set(missing_files(out / split, names))
@@ -180,9 +187,10 @@ def _rows(out: Path, indexes: dict[str, AnnotationIndex], subset: bool) -> tuple
             message = f"prepare: {what} (first: {names[0]}); name the folder or the archive that has them with --source"
             raise BadFile(out / split, what, message)
         rows[split] = [row for row in range(len(names)) if row not in twice and not (subset and names[row] in absent)]
-        if subset and absent:
-            problems.append((f"{split}/", "note", f"{len(absent)} images are not there", "not in the lists"))
-        unknown = sorted({entry.name for entry in (out / split).iterdir()} - set(names))
+        if subset:
+            problems += [(f"{split}/{name}", "note", MISSING, "not in the lists") for name in absent]
+        there = {entry.name for entry in (out / split).iterdir() if not of_macos(entry.name)}
+        unknown = sorted(there - set(names))
         if unknown:
             reason = f"{len(unknown)} files that the annotations do not name (first: {unknown[0]})"
             problems.append((f"{split}/", "note", reason, "not used"))

@@ -24,7 +24,19 @@ _BLOCK = 2**22
 _LONGEST = 2**26
 _LISTS = ("images", "annotations", "categories")
 _BLANK = " \t\r\n"
-Defect = tuple[int | None, str, str, str]
+
+
+class Defect(NamedTuple):
+    """A single wrong entry: the row of its image, or None; kind, reason, effect as problems.csv has them.
+
+    again: the image was listed before, so there is nothing to make of this row.
+    """
+
+    row: int | None
+    kind: str
+    reason: str
+    effect: str
+    again: bool = False
 
 
 class ImageEntry(NamedTuple):
@@ -43,7 +55,7 @@ class AnnotationIndex:
     categories  category id -> name, ascending: classes 0..C-1.
     tags        [n, C] uint8, 1 where the image has an annotation of the class, a crowd included.
     counts      [n] int64, annotations of each image.
-    defects     (row of the image or None, kind, reason, effect), as problems.csv has them, of single entries.
+    defects     what is wrong with single entries.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,7 +136,8 @@ class AnnotationIndex:
         for row, image in enumerate(self.images):
             stem = Path(image.file_name).stem  # the name of its mask
             if image.id in seen or stem in seen:
-                self._note(row, f"image id {image.id} or the name {stem} comes twice in {self.path.name}")
+                reason = f"image id {image.id} or the name {stem} comes twice in {self.path.name}"
+                self.defects.append(Defect(row, "error", reason, LEFT_OUT, again=True))
             seen.update((image.id, stem))
         order = np.argsort(ids, kind="stable")
         # the first of equal ids, should there be any: `order` is stable and searchsorted finds the leftmost
@@ -140,7 +153,8 @@ class AnnotationIndex:
             self._note(int(row_of[k]), f"annotation {numbers[k]} has the unknown category {raw[k]}")
         known_numbers = np.sort(numbers[numbers >= 0])
         for number in np.unique(known_numbers[1:][known_numbers[1:] == known_numbers[:-1]]):
-            self.defects.append((None, "note", f"annotation id {number} comes more than once", "all of them are used"))
+            reason = f"annotation id {number} comes more than once"
+            self.defects.append(Defect(None, "note", reason, "all of them are used"))
         self.counts = np.bincount(row_of[known_image], minlength=len(ids)).astype(np.int64)
         self.tags = np.zeros((len(ids), len(classes)), np.uint8)
         self.tags[row_of[known_image & known_class], class_at[known_image & known_class]] = 1
@@ -151,7 +165,7 @@ class AnnotationIndex:
 
     def _note(self, row: int | None, reason: str) -> None:
         effect = "the annotation is left out" if row is None else LEFT_OUT
-        self.defects.append((row, "error", reason, effect))
+        self.defects.append(Defect(row, "error", reason, effect))
 
 
 def elements(path: Path) -> Iterator[tuple[str, Any, int, int]]:

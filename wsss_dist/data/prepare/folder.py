@@ -10,15 +10,18 @@ from PIL import Image
 
 from wsss_dist.data.dataset import checked_mask
 from wsss_dist.data.folder import read_classes, read_labels_csv
-from wsss_dist.data.prepare.inputs import Console, Options, prepare
+from wsss_dist.data.prepare.archives import of_macos
+from wsss_dist.data.prepare.inputs import Console, Options, check_names, prepare
 from wsss_dist.data.prepare.manifest import (
     check_picture,
     file_record,
     gather,
     picture_record,
     settle_problems,
+    why_unreadable,
     write_manifest,
 )
+from wsss_dist.data.prepare.verify import unusable
 from wsss_dist.data.prepare.work import WorkFolder, finish_items, stamp_of
 from wsss_dist.data.problems import STAYS
 from wsss_dist.errors import BadFile, UserError
@@ -49,7 +52,7 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
     for listed in lists:
         split = listed.parent.name
         try:
-            images, _ = read_labels_csv(listed, classes)
+            images = _images(listed, classes)
         except BadFile as error:
             shown = str(listed.relative_to(root))
             unreadable.append(BadFile(listed, error.reason, str(error), [(shown, why) for _, why in error.rows]))
@@ -57,8 +60,9 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
         counts[f"{split} images"] = len(images)
         masks = (listed.parent / "masks").is_dir()
         items |= {f"{split}/images/{name}": (root, split, name, len(classes) if masks else None) for name in images}
-        there = (p.relative_to(listed.parent / "images") for p in (listed.parent / "images").rglob("*") if p.is_file())
-        unknown = sorted({str(path) for path in there} - set(images))
+        folder = listed.parent / "images"
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        unknown = sorted(name for name in there - set(images) if not of_macos(name))
         if unknown:
             reason = f"{len(unknown)} files that labels.csv does not name (first: {unknown[0]})"
             problems.append((f"{split}/images/", "note", reason, "not used"))
@@ -74,8 +78,23 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
         first, rows = unreadable[0], [row for error in unreadable for row in error.rows]
         raise BadFile(first.path, first.reason, str(first), rows)
     settle_problems(root, problems, options.on_problem, console.say, "write the manifest all the same")
-    write_manifest(root, {"about": _ABOUT, "settings": settings, "counts": counts}, files)
+    head = {"about": _ABOUT, "settings": settings, "counts": counts}
+    write_manifest(root, head | unusable(root, problems, work.archives), files)
     console.say(f"{root} is checked: {len(files):,} files in manifest.json")
+
+
+def _images(listed: Path, classes: list[str]) -> list[str]:
+    """The images that a labels.csv names, there or not. Raises BadFile where the reader would."""
+    images, _ = read_labels_csv(listed, classes)
+    nameless = [k for k, name in enumerate(images, 2) if name.rpartition("/")[2] in ("", ".")]
+    if nameless:
+        what = f"has {len(nameless)} rows without the name of an image"
+        message = (
+            f"prepare: {listed} {what} (first: row {nameless[0]}); expected one in each: add it, or remove the row"
+        )
+        raise BadFile(listed, what, message, [(str(listed), f"row {k} names no image") for k in nameless])
+    check_names(listed.parent / "images", images, listed)
+    return images
 
 
 def _check(item: tuple[Path, str, str, int | None]) -> dict:
@@ -96,9 +115,10 @@ def _check(item: tuple[Path, str, str, int | None]) -> dict:
             if picture is not None and picture.shape != values.shape:
                 reason = "{} x {} pixels (height, width), the image as the loader reads it {} x {}"
                 problems.append((mask_shown, "error", reason.format(*values.shape, *picture.shape), STAYS))
-        except UserError as error:
-            reason = str(error).removeprefix(f"data: mask {mask} ").partition(";")[0]
-            problems.append((mask_shown, "error", reason, STAYS))
+        except BadFile as error:
+            problems.append((mask_shown, "error", error.reason, STAYS))
+        except OSError as error:
+            problems.append((mask_shown, "error", why_unreadable(error), STAYS))
     # the lists of a folder are its owner's, so nothing is left out of them
     problems = [(path, kind, why, STAYS if kind == "error" else effect) for path, kind, why, effect in problems]
     return {"stamp": stamp, "files": files, "problems": problems}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wsss_dist.data.prepare.archives import DamagedArchive, Target, unpack_archive
+from wsss_dist.data.dataset import check_images
+from wsss_dist.data.prepare.archives import DamagedArchive, Target, archive_in, unpack_archive
 from wsss_dist.data.prepare.fetch import sha256_of
-from wsss_dist.data.prepare.manifest import has_problems_table
-from wsss_dist.data.prepare.verify import is_complete
+from wsss_dist.data.prepare.verify import MANIFEST, is_complete
 from wsss_dist.data.prepare.work import WorkFolder, stamp_of
-from wsss_dist.data.problems import TABLE, problems_of, write_problems
+from wsss_dist.data.problems import TABLE, is_problems_table, problems_of, write_problems
 from wsss_dist.errors import BadFile, UserError
 
 
@@ -58,12 +58,19 @@ class Archive:
     url: str
 
 
-def prepare(options: Options, data: str, steps: Callable[[WorkFolder, dict], None], console: Console) -> None:
+def prepare(
+    options: Options,
+    data: str,
+    steps: Callable[[WorkFolder, dict], None],
+    console: Console,
+    more: dict | None = None,
+) -> None:
     """Run `steps` in the work folder of `options.out`, unless the result is there and whole.
 
     Args:
         data: name of the data set.
         steps: gets the work folder, and what the result depends on besides the input, for the manifest.
+        more: what else it depends on.
     """
     if options.workers < 0:
         raise UserError(f"prepare: --workers is {options.workers}; expected 0 (this process alone) or more")
@@ -74,12 +81,17 @@ def prepare(options: Options, data: str, steps: Callable[[WorkFolder, dict], Non
         raise UserError(f"prepare: --labels is '{options.labels}', which is no file; name a cls_labels_onehot.npy")
     labels = sha256_of(options.labels) if options.labels else None
     settings = {"data": data, "subset": options.subset, "legacy": options.legacy, "labels": labels}
-    if is_complete(options.out, settings, options.verify, options.workers, console.track, console.say):
-        if (options.out / ".prepare").is_dir():  # killed between the last two steps
-            WorkFolder(options.out).remove()
+    settings |= more or {}
+    manifest = options.out / MANIFEST
+    if manifest.is_file() and (options.out / ".prepare").is_dir():  # killed between the last two steps
+        WorkFolder(options.out).remove()
+    if is_complete(options, settings, console):
         return
     work = WorkFolder(options.out)
     try:
+        if manifest.is_file():  # made again, so from here on the folder is not finished
+            work.mark("begun", [])
+            manifest.unlink()
         steps(work, settings)
         work.remove()
     except BadFile as error:  # a file that nothing can be made without: the table has it, too
@@ -103,14 +115,14 @@ def find(options: Options, folders: Iterable[str], archive: Archive, holds: str)
         UserError: neither is there.
     """
     leaf = next(name for name in folders if name).rpartition("/")[2]
-    places = [s / name for s in options.sources for name in folders if name or s.name == leaf]
+    places = [s / name for s in options.sources for name in folders if name or s.resolve().name == leaf]
     unpacked = [place for place in places if place.exists()]
-    packed = [p for s in options.sources for p in (s / archive.name, s) if p.name == archive.name and p.is_file()]
+    packed = archive_in(options.sources, archive.name)
     own = [path for path in unpacked if options.out.resolve() in path.resolve().parents]
     if [path for path in unpacked if path not in own]:
         return next(path for path in unpacked if path not in own), None
-    if packed:
-        return None, packed[0]
+    if packed is not None:
+        return None, packed
     if own:
         return own[0], None
     looked = ", ".join(str(s) for s in options.sources)
@@ -126,6 +138,7 @@ def unpack(work: WorkFolder, archive: Path, target: Target, options: Options, co
     One that is damaged ends the preparation, or, where `options.on_problem` is "continue", is used as far as it goes.
     """
     stamp = stamp_of([archive.resolve()])
+    work.archives += [(archive.name, size, changed) for _, size, changed in stamp]
     if work.is_marked(archive.name, stamp):
         return
     goes_on, before = options.on_problem == "continue", len(work.problems)
@@ -152,10 +165,13 @@ def unpack(work: WorkFolder, archive: Path, target: Target, options: Options, co
     work.mark(archive.name, stamp)
 
 
-def link(source: Path, place: Path) -> None:
+def link(work: WorkFolder, source: Path, place: Path) -> None:
     """Make `place` a link to `source`, unless it is that very file or folder. Raises UserError where it is another."""
     if place.exists() and place.samefile(source):
         return
+    # a folder with our table was prepared, and its source was moved since
+    if place.is_symlink() and not place.exists() and is_problems_table(work.out / TABLE):
+        place.unlink()
     if place.is_symlink() or place.exists():
         raise UserError(
             f"prepare: {place} exists and is not {source}; nothing is overwritten: move it away, or choose another "
@@ -165,18 +181,18 @@ def link(source: Path, place: Path) -> None:
     os.symlink(source.resolve(), place)
 
 
-def own_folder(place: Path) -> None:
-    """Hold that `place`, where an archive is unpacked to, is no link into a folder of the user's."""
-    if place.is_symlink():
+def own_folder(place: Path, *sources: Path) -> None:
+    """Hold that `place`, where something is written, is no link into a folder of the user's, unless it is a source."""
+    if place.is_symlink() and os.path.abspath(place) not in map(os.path.abspath, sources):
         raise UserError(
-            f"prepare: {place} is a link, and nothing is unpacked through it; remove the link, or name the folder it "
+            f"prepare: {place} is a link, and nothing is written through it; remove the link, or name the folder it "
             "leads to with --source"
         )
 
 
 def refuse_foreign(work: WorkFolder, places: Iterable[Path]) -> None:
     """Hold that what is to be made in `places` was made or begun by this command, or is not there."""
-    if (work.path / "begun.done").exists() or has_problems_table(work.out):
+    if (work.path / "begun.done").exists() or is_problems_table(work.out / TABLE):
         work.mark("begun", [])
         return
     for place in places:
@@ -188,13 +204,35 @@ def refuse_foreign(work: WorkFolder, places: Iterable[Path]) -> None:
     work.mark("begun", [])
 
 
-def check_counts(found: dict[str, int], official: dict[str, int], subset: bool, say: Callable[[str], None]) -> None:
-    """Say what was found of what is expected. Raises UserError where they differ, unless a subset is asked for."""
+def check_names(folder: Path, files: list[str], listed: Path) -> None:
+    """Hold that a list names files of `folder`, there or not. Raises BadFile, as the reader of the list does."""
+    try:
+        check_images(folder, files, listed)
+    except BadFile as error:
+        if any(path == str(listed) for path, _ in error.rows):
+            raise
+
+
+def check_counts(
+    found: dict[str, int],
+    official: dict[str, int],
+    subset: bool,
+    say: Callable[[str], None],
+    named: dict[str, int] | None = None,
+) -> None:
+    """Say what was found of what is expected.
+
+    Args:
+        named: how many of each are missing and have a row of their own in problems.csv, which says more than a count.
+    Raises:
+        UserError: found and named are not what is expected, and no subset is asked for.
+    """
     wrong = []
     for name, expected in official.items():
+        absent = (named or {}).get(name, 0)
         text = f"{name}: found {found[name]:,}, expected {expected:,}"
-        say(text)
-        if found[name] != expected:
+        say(f"{text} ({absent:,} missing ones are in {TABLE})" if absent else text)
+        if found[name] + absent != expected:
             wrong.append(text)
     if wrong and not subset:
         raise UserError(

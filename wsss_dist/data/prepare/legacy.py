@@ -1,7 +1,8 @@
 """`cls_labels_onehot.npy`, the tags as other repositories pass them on: a pickled dict, name -> float32 [C].
 
 A pickle can run any code when it is loaded. Here nothing that a file names is ever called: the names that such a file
-needs stand for small classes of this module that keep what they are given, and any other name is refused.
+needs stand for small classes of this module that keep what they are given, and any other name is refused. It is read by
+the slow unpickler of the standard library: the fast one makes room for as many objects as a file claims to have.
 """
 
 from __future__ import annotations
@@ -34,14 +35,6 @@ def read_onehot(path: Path, classes: int) -> dict[str | int, np.ndarray]:
         BadFile: no such file, another number of classes, or a pickle that names anything but arrays.
     """
     try:
-        return _read(path, classes)
-    except UserError as error:
-        reason = str(error).removeprefix(f"prepare: {path}").lstrip(" :").partition("; ")[0]
-        raise BadFile(path, reason, str(error)) from None
-
-
-def _read(path: Path, classes: int) -> dict[str | int, np.ndarray]:
-    try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
         with path.open("rb") as file:
@@ -53,16 +46,16 @@ def _read(path: Path, classes: int) -> dict[str | int, np.ndarray]:
     except (UserError, OSError):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(
-            f"prepare: {path} is no cls_labels_onehot.npy ({type(error).__name__}: {error}); give a file that holds a "
-            "pickled dict of arrays"
-        ) from None
+        what = f"is no cls_labels_onehot.npy ({type(error).__name__}: {error})"
+        message = f"prepare: {path} {what}; give a file that holds a pickled dict of arrays"
+        raise BadFile(path, what, message) from None
     for name, row in rows.items():
         if row.shape != (classes,) or not np.isin(row, (0, 1)).all():
-            raise UserError(
-                f"prepare: {path}: the labels of {name!r} are {str(row.tolist()):.80}; expected {classes} numbers, "
-                "each 0 or 1: give the file of this data set"
+            what = f"the labels of {name!r} are {str(row.tolist()):.80}"
+            message = (
+                f"prepare: {path}: {what}; expected {classes} numbers, each 0 or 1: give the file of this data set"
             )
+            raise BadFile(path, what, message)
     return {name: row.astype(np.uint8) for name, row in rows.items()}
 
 
@@ -72,10 +65,11 @@ def _check_head(file: io.BufferedReader, path: Path) -> None:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     if not dtype.hasobject or shape != ():
-        raise UserError(
-            f"prepare: {path} is an array of {dtype} with shape {shape}; expected a pickled dict, as in the "
-            "cls_labels_onehot.npy of other repositories"
+        what = f"is an array of {dtype} with shape {shape}"
+        message = (
+            f"prepare: {path} {what}; expected a pickled dict, as in the cls_labels_onehot.npy of other repositories"
         )
+        raise BadFile(path, what, message)
 
 
 class _Array:
@@ -118,6 +112,16 @@ def _new_array(*_: object) -> _Array:
     return _Array()
 
 
+def _scalar(kind: _Type, content: bytes | str) -> str | int:
+    """A number or text of numpy, which some files have for the names of images."""
+    content = content.encode("latin-1") if isinstance(content, str) else content
+    if kind.code.startswith("U"):
+        return content.decode("utf-32-be" if kind.order == ">" else "utf-32-le").rstrip("\0")
+    if not kind.code.startswith(("i", "u")):
+        raise ValueError(f"a name of type {kind.code!r}")
+    return int(np.frombuffer(content, kind.numbers(), count=1)[0])
+
+
 def _encoded(text: str, encoding: str) -> bytes:
     """How pickles of protocol 2 hold bytes."""
     if encoding != "latin1":
@@ -128,23 +132,23 @@ def _encoded(text: str, encoding: str) -> bytes:
 _KNOWN = {
     ("numpy.core.multiarray", "_reconstruct"): _new_array,
     ("numpy._core.multiarray", "_reconstruct"): _new_array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encoded,
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
     def __init__(self, file: io.BufferedReader, path: Path) -> None:
         super().__init__(file, encoding="latin1")  # as Python 2 wrote them
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise UserError(
-                f"prepare: {self._path} asks for '{module}.{name}', which labels do not need and which could run any "
-                "code; it was not loaded: do not use this file"
-            )
+            what = f"asks for '{module}.{name}', which labels do not need and which could run any code"
+            raise BadFile(self._path, what, f"prepare: {self._path} {what}; it was not loaded: do not use this file")
         return _KNOWN[module, name]
 
 

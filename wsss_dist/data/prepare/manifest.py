@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from wsss_dist.data.decode import DamagedImage, Picture, inspect_image
-from wsss_dist.data.problems import TABLE, Problem, is_problems_table, write_problems
+from wsss_dist.data.problems import TABLE, Problem, write_problems
 from wsss_dist.errors import UserError
 from wsss_dist.files import whole_file
 
 LEFT_OUT = "left out of the lists"
+MISSING = "the file is missing"
 
 
 def file_record(content: bytes) -> dict[str, Any]:
@@ -30,6 +31,11 @@ def file_record(content: bytes) -> dict[str, Any]:
 def picture_record(content: bytes, width: int, height: int, mode: str) -> dict[str, Any]:
     """The manifest's record of a picture with this content."""
     return {**file_record(content), "width": width, "height": height, "mode": mode}
+
+
+def why_unreadable(error: OSError | ValueError) -> str:
+    """The reason, for the table, why a file could not be read."""
+    return MISSING if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
 
 
 def check_picture(path: Path, name: str) -> tuple[dict | None, Picture | None, list[Problem]]:
@@ -43,9 +49,8 @@ def check_picture(path: Path, name: str) -> tuple[dict | None, Picture | None, l
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
-        reason = "the file is missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        return None, None, [(name, "error", reason, LEFT_OUT)]
+    except (OSError, ValueError) as error:  # the latter: of a name that no file can have
+        return None, None, [(name, "error", why_unreadable(error), LEFT_OUT)]
     try:
         picture = inspect_image(path, content)
     except DamagedImage as error:
@@ -92,11 +97,6 @@ def _leaves_out(problem: Problem) -> bool:
     return problem[1] == "error" and problem[3] == LEFT_OUT
 
 
-def has_problems_table(out: Path) -> bool:
-    """Is there a problems.csv of ours? It outlives a manifest that is removed to have everything made again."""
-    return is_problems_table(out / TABLE)
-
-
 def settle_problems(
     out: Path,
     problems: list[Problem],
@@ -111,22 +111,23 @@ def settle_problems(
     Raises:
         UserError: there are errors, and `on_problem` is "stop".
     """
-    write_problems(out / "problems.csv", problems)
+    table = out / TABLE
+    write_problems(table, problems)
     errors = sorted({problem for problem in problems if problem[1] == "error"})
     notes = Counter(reason.split(" (")[0] for _, kind, reason, _ in set(problems) if kind == "note")
     if notes:
         listed = ", ".join(f"{count:,} x {reason}" for reason, count in notes.most_common(5))
-        say(f"{notes.total():,} remarks in {out / 'problems.csv'}: {listed}{', ...' if len(notes) > 5 else ''}")
+        say(f"{notes.total():,} remarks in {table}: {listed}{', ...' if len(notes) > 5 else ''}")
     if not errors:
         return
     first = f"{errors[0][0]}: {errors[0][2]}"
     if on_problem == "stop":
         raise UserError(
-            f"prepare: {len(errors):,} files cannot be used (first: {first}); {out / 'problems.csv'} names them all. "
+            f"prepare: {len(errors):,} files cannot be used (first: {first}); {table} names them all. "
             "Repair them and start the same command again, which goes on from here, or add --on-problem continue to "
             f"{otherwise}"
         )
-    say(f"{len(errors):,} files cannot be used (first: {first}); see {out / 'problems.csv'}")
+    say(f"{len(errors):,} files cannot be used (first: {first}); see {table}")
 
 
 def write_manifest(out: Path, head: dict[str, Any], files: dict[str, str]) -> None:

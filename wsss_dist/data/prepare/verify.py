@@ -6,23 +6,26 @@ missing or changed goes into one table, `verify.csv` in the folder (columns of w
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
+import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wsss_dist.data.decode import DamagedImage, read_image
+from wsss_dist.data.prepare.archives import archive_in
 from wsss_dist.data.prepare.fetch import sha256_of
-from wsss_dist.data.prepare.work import in_processes
+from wsss_dist.data.prepare.work import in_processes, stamp_of
 from wsss_dist.data.problems import STAYS, Problem, write_problems
 from wsss_dist.data.shard_index import INDEX, MASK, PICTURE, SAMPLES, parse_index, picture_member
 from wsss_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from wsss_dist.data.prepare.inputs import Console
+    from wsss_dist.data.prepare.inputs import Console, Options
 
 REPORT, MANIFEST = "verify.csv", "manifest.json"
 AS_IT_IS = "read as it is"
@@ -54,10 +57,12 @@ def verify(root: Path, report: Path | None, workers: int, console: Console) -> N
         root: a folder with a manifest.json or a shards.json, or with splits that have a shards.json.
         report: the table; None: verify.csv in `root`.
     Raises:
-        UserError: `root` is no such folder, or files are missing or changed, which the table names.
+        UserError: `root` is no such folder, the table cannot be written, or files are missing or changed, which it
+            names.
     """
     if workers < 0:
         raise UserError(f"prepare: --workers is {workers}; expected 0 (this process alone) or more")
+    report = report or root / REPORT
     files = _listed(root)
     shards = list(chain.from_iterable(_shards(index.parent, root) for index in _indexes(root)))
     if not files and not shards:
@@ -65,31 +70,48 @@ def verify(root: Path, report: Path | None, workers: int, console: Console) -> N
             f"prepare: '{root}' has no {MANIFEST} with checksums and no {INDEX}; name a folder that prepare_data.py "
             "made, or check what the loader reads of another one with `python launch/prepare_data.py check`"
         )
+    check_report(report)
     jobs = [_File(root, name, record, True) for name, record in files.items()]
     results = chain(in_processes(_of_file, jobs, workers), in_processes(_of_shard, shards, workers))
     total = len(jobs) + len(shards)
     problems = list(chain.from_iterable(console.track(results, total)))
-    report = report or root / REPORT
     write_problems(report, problems)
     if problems:
         raise _changed(root, report, problems, total, f"train and evaluate without them: --set data.leave_out={report}")
     console.say(f"{root}: {total:,} files have their sha256")
 
 
-def is_complete(out: Path, settings: dict, read: bool, workers: int, track: Callable, say: Callable) -> bool:
-    """True where `out` holds the finished result of these settings, False where it is not finished.
+def check_report(report: Path) -> None:
+    """Hold that a table can be written, before hours of reading. Raises UserError."""
+    try:
+        if report.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=report.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"prepare: the table cannot be written to {report} ({error.strerror}); give a file of a folder that is "
+            "there, and that you may write to, with --report"
+        ) from None
 
-    Args:
-        read: compare the sha256 of every file, not only its size.
+
+def is_complete(options: Options, settings: dict, console: Console) -> bool:
+    """True where `options.out` holds the finished result of these settings, False where it is not finished.
+
+    One that leaves files out is finished for `on_problem` "continue" alone, and until its archives change.
+
     Raises:
         UserError: other settings, or files that are missing or changed, which verify.csv names.
     """
+    out, read, workers, say = options.out, options.verify, options.workers, console.say
     path = out / MANIFEST
     if not path.is_file():
         return False
     content, files = _read(path)
     made = content.get("settings")
     if not isinstance(made, dict) or not all("size" in record for record in files.values()):
+        raise _no_manifest(path)
+    if not isinstance(content.get("unusable", {}), dict):
         raise _no_manifest(path)
     different = [f"{k} {made.get(k)!r} instead of {v!r}" for k, v in settings.items() if made.get(k) != v]
     if different:
@@ -98,16 +120,55 @@ def is_complete(out: Path, settings: dict, read: bool, workers: int, track: Call
             "choose another --out"
         )
     jobs = [_File(out, name, record, read) for name, record in files.items()]
-    results = track(in_processes(_of_file, jobs, workers), len(jobs)) if read else map(_of_file, jobs)
+    results = console.track(in_processes(_of_file, jobs, workers), len(jobs)) if read else map(_of_file, jobs)
     problems = list(chain.from_iterable(results))
     if problems:
         write_problems(out / REPORT, problems)
-        raise _changed(out, out / REPORT, problems, len(files), f"remove {path} and start this command again")
+        again = (
+            f"remove {path} and start this command again, which unpacks anew what is not as in its archive and takes "
+            "other files as they are"
+        )
+        raise _changed(out, out / REPORT, problems, len(files), again)
+    if _has_unusable(content) and (options.on_problem == "stop" or _is_repaired(content, options)):
+        say(f"{out} was made without some files that could not be used; it is made again of what is there now")
+        return False
     if read:
         (out / REPORT).unlink(missing_ok=True)  # what it named is restored
     how = "have their sha256" if read else "are there in their size (--verify reads them all)"
     say(f"{out} is complete: {len(files):,} files {how}, nothing to do")
     return True
+
+
+def unusable(out: Path, problems: Iterable[Problem], archives: list) -> dict[str, Any]:
+    """For the manifest, where files could not be used: what would have it made again once it is repaired.
+
+    Args:
+        problems: of the preparation.
+        archives: name, bytes and time of the last change of each one in use.
+    """
+    wrong = sorted({path for path, kind, *_ in problems if kind == "error"})
+    missing = [path for path in wrong if not Path(path).is_absolute() and not _is_there(out / path)]
+    return {"unusable": {"files": len(wrong), "missing": missing, "archives": archives}} if wrong else {}
+
+
+def _has_unusable(content: dict) -> bool:
+    return bool(content.get("unusable") or content.get("left_out"))  # older manifests have the latter alone
+
+
+def _is_repaired(content: dict, options: Options) -> bool:
+    """Is a file there that was missing, or an archive another one than it was?"""
+    then = content.get("unusable") or {}
+    if any(_is_there(options.out / path) for path in then.get("missing", [])):
+        return True
+    for name, *stamp in then.get("archives", []):
+        archive = archive_in(options.sources, name)
+        if archive is not None and list(stamp_of([archive])[0][1:]) != stamp:
+            return True
+    return False
+
+
+def _is_there(path: Path) -> bool:
+    return stamp_of([path])[0][1] >= 0
 
 
 def _changed(root: Path, report: Path, problems: Iterable[Problem], total: int, otherwise: str) -> UserError:

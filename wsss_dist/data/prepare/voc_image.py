@@ -11,11 +11,20 @@ import numpy as np
 from PIL import Image
 
 from wsss_dist.data.dataset import checked_mask
+from wsss_dist.data.prepare.archives import of_macos
 from wsss_dist.data.prepare.coco import encode_mask
-from wsss_dist.data.prepare.manifest import LEFT_OUT, Problem, check_picture, file_record, picture_record
+from wsss_dist.data.prepare.manifest import (
+    LEFT_OUT,
+    MISSING,
+    Problem,
+    check_picture,
+    file_record,
+    picture_record,
+    why_unreadable,
+)
 from wsss_dist.data.prepare.matfile import MatError, read_mat_field
 from wsss_dist.data.prepare.work import stamp_of
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile
 from wsss_dist.files import write_whole
 
 
@@ -30,20 +39,26 @@ class Places:
 
     def names(self, folder: str, ending: str) -> set[str]:
         """Names, without the ending, of the files of a folder of VOC2012."""
-        return {path.stem for path in (self.base / folder).iterdir() if path.suffix == ending}
+        return names_in(self.base / folder, ending)
 
     def shown(self, path: Path) -> str:
         """Path below `out`, or for SBD's files below their folder."""
         return str(path.relative_to(self.out)) if path.is_relative_to(self.base) else f"cls/{path.name}"
 
 
-def finish_image(places: Places, name: str, official: bool, listed: bool) -> dict:
+def names_in(folder: Path, ending: str) -> set[str]:
+    """Names, without the ending, of the files of a folder."""
+    return {path.stem for path in folder.iterdir() if path.suffix == ending and not of_macos(path.name)}
+
+
+def finish_image(places: Places, name: str, official: bool, listed: bool, test: bool) -> dict:
     """Check one image and make its mask in SegmentationClassAug.
 
     Args:
         name: of the image, without an ending.
         official: it is in a list of VOC's own, so it has to have a mask of VOC's own.
-        listed: it is in any list.
+        listed: it is in any list of images with tags and masks.
+        test: it is of the test set, which has neither.
     Returns:
         what `finish_items` asks for, and the classes of its tags.
     """
@@ -53,10 +68,10 @@ def finish_image(places: Places, name: str, official: bool, listed: bool) -> dic
     record, picture, problems = check_picture(image, places.shown(image))
     files = {} if record is None else {places.shown(image): record}
     size = None if picture is None else picture.shape
-    tags = _check_xml(places, xml, size, listed, files, problems)
+    tags = [] if test and not xml.exists() else _check_xml(places, xml, size, listed, files, problems)
     made = places.base / "SegmentationClassAug" / f"{name}.png"
     content = _mask(places, mask, matlab, size, official, files, problems)
-    if content is None and listed and not (mask.is_file() or matlab.is_file()):
+    if content is None and listed and not (official or mask.is_file() or matlab.is_file()):
         problems.append((places.shown(mask), "error", "there is no mask, nor one of SBD", LEFT_OUT))
     if content is None:
         made.unlink(missing_ok=True)
@@ -86,18 +101,15 @@ def _mask(
             content, mode = encode_mask(values), "P"
         else:
             return None
-    except (UserError, MatError, OSError) as error:
-        problems.append((places.shown(mask if mask.is_file() else matlab), "error", _short(error, mask), LEFT_OUT))
+    except (BadFile, MatError, OSError) as error:
+        reason = error.reason if isinstance(error, BadFile) else why_unreadable(error)
+        problems.append((places.shown(mask if mask.is_file() else matlab), "error", reason, LEFT_OUT))
         return None
     if size is not None and values.shape != size:
         reason = "{} x {} pixels (height, width), the image as the loader reads it {} x {}"
         problems.append((places.shown(path), "error", reason.format(*values.shape, *size), LEFT_OUT))
         return None
     return content, picture_record(content, values.shape[1], values.shape[0], mode)
-
-
-def _short(error: Exception, path: Path) -> str:
-    return str(error).removeprefix(f"data: mask {path} ")
 
 
 def _sbd_ids(path: Path, classes: int) -> np.ndarray:
@@ -122,7 +134,10 @@ def _check_xml(
         root = ElementTree.fromstring(content)  # noqa: S314
     except FileNotFoundError:
         kind, effect = ("error", LEFT_OUT) if listed else ("note", "without tags")
-        problems.append((shown, kind, "the file is missing", effect))
+        problems.append((shown, kind, MISSING, effect))
+        return []
+    except OSError as error:
+        problems.append((shown, "error", why_unreadable(error), LEFT_OUT))
         return []
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         problems.append((shown, "error", f"not readable XML ({error})", LEFT_OUT))

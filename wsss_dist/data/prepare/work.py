@@ -7,6 +7,7 @@ preparation is complete. The journal has one line per finished item; a line that
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -35,7 +36,7 @@ def stamp_of(paths: Iterable[Path]) -> Stamp:
         try:
             found = path.stat()
             stamps.append((str(path), found.st_size, found.st_mtime_ns))
-        except OSError:
+        except (OSError, ValueError):  # the latter: of a name that no file can have
             stamps.append((str(path), -1, -1))
     return stamps
 
@@ -47,14 +48,18 @@ class WorkFolder:
         self.out, self.path = out, out / ".prepare"
         # rows for problems.csv that are found on the way
         self.problems: list[tuple[str, str, str, str]] = []
+        # the archives in use: name, bytes, time of the last change
+        self.archives: Stamp = []
         self.path.mkdir(parents=True, exist_ok=True)
         # a POSIX lock belongs to one process: a worker that outlives it for a moment does not hold it
         self._lock = (self.path / "lock").open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"prepare: another process is preparing {out}; wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._lock.close()
+                raise UserError(f"prepare: another process is preparing {out}; wait for it, or stop it") from None
+            # anything else: some network file systems have no locks
         self._journal = self.path / "journal.jsonl"
 
     def release(self) -> None:
@@ -82,19 +87,21 @@ class WorkFolder:
         first = json.dumps({"settings": settings}, sort_keys=True)
         lines: list[str] = []
         if self._journal.is_file():
-            lines = self._journal.read_bytes().decode(errors="replace").split("\n")
+            lines = self._journal.read_bytes().decode(errors="surrogateescape").split("\n")
         if len(lines) < 2 or lines[0] != first:
             write_whole(self._journal, (first + "\n").encode())
             return {}
         whole = lines[1:-1]  # what follows the last line break is empty, or cut off
         if lines[-1]:
-            write_whole(self._journal, "".join(f"{line}\n" for line in lines[:-1]).encode())
+            text = "".join(f"{line}\n" for line in lines[:-1])
+            write_whole(self._journal, text.encode(errors="surrogateescape"))
         return {key: line for key, tab, line in (row.partition("\t") for row in whole) if tab}
 
     @contextmanager
     def journal(self) -> Iterator[Callable[[str, str], None]]:
         """Gives a function that adds a finished item: its key and its line."""
-        with self._journal.open("a") as file:
+        # a file name need not be text
+        with self._journal.open("a", encoding="utf-8", errors="surrogateescape") as file:
 
             def add(key: str, line: str) -> None:
                 file.write(f"{key}\t{line}\n")
@@ -116,7 +123,7 @@ def finish_items(
 
     Args:
         settings: what the results depend on besides the input files; a journal of others counts for nothing.
-        items: key -> what `function` gets.
+        items: key -> what `function` gets; an item that was finished with something else is done again.
         function: returns {"stamp": input files, "files": path below `out` -> record, ...} as JSON can hold it; runs in
             a forked process, so that what it reads from global variables is shared and not copied.
         track: wraps the results, of known number, with a progress display.
@@ -124,20 +131,22 @@ def finish_items(
         key -> the result as a line of JSON, in the order of the keys.
     """
     lines = work.read_journal(settings)
-    lines = {key: line for key, line in lines.items() if key in items and _holds(line, work.out)}
+    lines = {key: line for key, line in lines.items() if key in items and _holds(line, work.out, items[key])}
     todo = sorted(items.keys() - lines.keys())
     with work.journal() as add:
         results = in_processes(function, [items[key] for key in todo], workers)
         for key, result in zip(todo, track(results, len(todo)), strict=True):
-            lines[key] = json.dumps(result, separators=(",", ":"))
+            lines[key] = json.dumps({"item": repr(items[key]), **result}, separators=(",", ":"))
             add(key, lines[key])
     return {key: lines[key] for key in sorted(lines)}
 
 
-def _holds(line: str, out: Path) -> bool:
-    """Are the input files of a finished item as they were, and the files it wrote there?"""
+def _holds(line: str, out: Path, item: Any) -> bool:
+    """Was it this item that was finished, and are its input files as they were, and the files it wrote there?"""
     try:
         result = json.loads(line)
+        if result["item"] != repr(item):
+            return False
         if [tuple(s) for s in result["stamp"]] != stamp_of(Path(s[0]) for s in result["stamp"]):
             return False
         return all((out / name).stat().st_size == record["size"] for name, record in result["files"].items())

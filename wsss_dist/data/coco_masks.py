@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wsss_dist.errors import UserError
+from wsss_dist.errors import BadFile, UserError
 
 
 def draw_mask(
@@ -26,7 +26,7 @@ def draw_mask(
         class_of: category id -> class 0..C-1.
         where, name: file of the annotations and name of the image, for messages.
     Raises:
-        UserError: a segmentation that is no polygon and no RLE, or of another size; `iscrowd` that is not 0 or 1.
+        BadFile: a segmentation that is no polygon and no RLE, or of another size; `iscrowd` that is not 0 or 1.
     """
     coco_mask = _pycocotools()
     regions = []
@@ -56,10 +56,8 @@ def _pycocotools() -> Any:
 def _is_crowd(annotation: dict, where: Path, name: str) -> bool:
     found = annotation.get("iscrowd", 0)
     if not isinstance(found, int) or found not in (0, 1):
-        raise UserError(
-            f"data: {where}: the 'iscrowd' of an annotation of {name} is {found!r:.80}; expected 0 or 1: correct the "
-            "entry"
-        )
+        what = f"the 'iscrowd' of an annotation of {name} is {found!r:.80}"
+        raise BadFile(where, what, f"data: {where}: {what}; expected 0 or 1: correct the entry")
     return bool(found)
 
 
@@ -74,22 +72,18 @@ def _runs_of(annotation: dict, height: int, width: int, where: Path, name: str) 
             polygons = [coco_mask.frPyObjects([p], height, width)[0] for p in corners]
             return coco_mask.merge(polygons) if polygons else None
         if list(shape["size"]) != [height, width]:
-            raise UserError(
-                f"data: {where}: a mask of {name} is {shape['size']} (height, width), the image {[height, width]}; "
-                "expected the same size: write the annotation again"
-            )
+            what = f"a mask of {name} is {shape['size']} (height, width), the image {[height, width]}"
+            raise BadFile(where, what, f"data: {where}: {what}; expected the same size: write the annotation again")
         counts = shape["counts"] if isinstance(shape["counts"], list) else _runs(shape["counts"])
         if sum(counts) != height * width or min(counts) < 0 or not all(type(n) is int for n in counts):
             raise ValueError(f"its counts add up to {sum(counts)}, not to {height} x {width}")
         rle = {"size": [height, width], "counts": counts}
         return coco_mask.frPyObjects(rle, height, width)
-    except UserError:
+    except BadFile:
         raise
     except Exception as error:  # pycocotools raises many kinds on a malformed outline
-        raise UserError(
-            f"data: {where}: the 'segmentation' of an annotation of {name} is no polygon and no RLE ({error}); "
-            "write the annotation again"
-        ) from None
+        what = f"the 'segmentation' of an annotation of {name} is no polygon and no RLE ({error})"
+        raise BadFile(where, what, f"data: {where}: {what}; write the annotation again") from None
 
 
 # pycocotools does not check polygons: one with a corner far off ends the process, or takes all the memory there is

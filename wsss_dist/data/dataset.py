@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -194,7 +195,8 @@ def check_images(folder: Path, files: list[str], where: Path, left_out: LeftOut 
 
 def image_id(file: str) -> str:
     """Id of an image, its path without the ending: the name of its mask, of its maps and of what stages make of it."""
-    return str(PurePosixPath(file).with_suffix(""))
+    stem, _ = posixpath.splitext(file)
+    return str(PurePosixPath(stem)) if "./" in stem or "//" in stem else stem  # which takes 9 times as long
 
 
 def check_names(files: list[str], where: Path | str) -> None:

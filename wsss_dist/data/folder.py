@@ -14,9 +14,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from wsss_dist.data.dataset import Dataset, check_distinct, check_ids, check_images, checked_mask, existing_root
+from wsss_dist.data.dataset import Dataset, check_distinct, check_images, checked_mask, existing_root
 from wsss_dist.data.problems import LeftOut
 from wsss_dist.errors import BadFile, UserError
 
@@ -65,8 +64,8 @@ def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarr
     Returns:
         the image names in file order, and their tags, uint8 [n, C].
     Raises:
-        BadFile: no such header, a row without an image, an unknown class name, an image named twice or two of one id,
-            text that is not UTF-8.
+        BadFile: no such header, a row without an image, an unknown class name, an image named twice, text that is not
+            UTF-8.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -105,9 +104,6 @@ def read_labels_csv(path: Path, classes: list[str]) -> tuple[list[str], np.ndarr
         raise BadFile(path, wrong[0][0], wrong[0][1], [(str(path), what) for what, _ in wrong])
     files = [row[0].strip() for row in rows[1:]]
     check_distinct(files, "images", path)
-    # a list of VOC may leave the endings out, and then a dot is part of the id
-    endings = Image.registered_extensions()
-    check_ids([name for name in files if Path(name).suffix.lower() in endings], path)
     return files, tags
 
 

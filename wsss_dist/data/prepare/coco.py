@@ -221,8 +221,8 @@ def _finish_image(item: tuple[str, int]) -> dict:
     elif picture is not None:
         try:
             content = _mask(index, row, out / name)
-        except UserError as error:
-            problems.append((name, "error", str(error).removeprefix("data: "), LEFT_OUT))
+        except BadFile as error:
+            problems.append((name, "error", error.reason, LEFT_OUT))
         else:
             (out / mask_name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(out / mask_name, content)

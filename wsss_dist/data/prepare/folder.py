@@ -86,13 +86,6 @@ def _steps(work: WorkFolder, options: Options, settings: dict, console: Console)
 def _images(listed: Path, classes: list[str]) -> list[str]:
     """The images that a labels.csv names, there or not. Raises BadFile where the reader would."""
     images, _ = read_labels_csv(listed, classes)
-    nameless = [k for k, name in enumerate(images, 2) if name.rpartition("/")[2] in ("", ".")]
-    if nameless:
-        what = f"has {len(nameless)} rows without the name of an image"
-        message = (
-            f"prepare: {listed} {what} (first: row {nameless[0]}); expected one in each: add it, or remove the row"
-        )
-        raise BadFile(listed, what, message, [(str(listed), f"row {k} names no image") for k in nameless])
     check_names(listed.parent / "images", images, listed)
     return images
 

@@ -1,7 +1,7 @@
 """Evaluate a trained run again: `python launch/evaluate.py --run runs/quickstart [--split val] [--set eval.beta=0.4]`.
 
 Reads config.yaml and the newest checkpoint of the run folder; writes result.json, samples/ and the report there.
-deepspeed and torchrun start it on several ranks. Exit status: 0 done, 2 a mistake in the input.
+deepspeed and torchrun start it on several ranks. Exit status: 0 done, 2 a mistake in the input, 75 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def _evaluate() -> int:
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; LOCAL_RANK is used instead")
     args = parser.parse_args()
     from wsss_dist.data.problems import noted
+    from wsss_dist.signals import interruptible
 
-    with noted(args.run):
+    with interruptible(), noted(args.run):
         evaluate(args.run, args.split, args.set)
     return 0
 

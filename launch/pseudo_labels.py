@@ -2,7 +2,7 @@
 
 Reads config.yaml and the newest checkpoint of the run folder; writes one file per image, and goes on where it was
 killed. deepspeed, torchrun and srun start it on any number of ranks, which share the images. Exit status: 0 done, 2 a
-mistake in the input.
+mistake in the input, 75 stopped by a signal between two images (start the same command again).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def _make() -> int:
     from wsss_dist.data.problems import noted
     from wsss_dist.errors import UserError
     from wsss_dist.pseudo_labels import make_pseudo_labels
+    from wsss_dist.signals import interruptible
     from wsss_dist.trainer import configure_kernels
 
     if not (args.run / "config.yaml").is_file():
@@ -49,7 +50,7 @@ def _make() -> int:
     configure_kernels(cfg.kernels)
     out = args.out or args.run / "pseudo_labels" / args.kind
     say = print if dist.is_main() else lambda line: None
-    with noted(args.run):
+    with interruptible(), noted(args.run):
         made = make_pseudo_labels(cfg, args.run, out, args.kind, args.split or [cfg.data.train_split], say)
     for split, scores in made.scores.items():
         say(f"{split}: {args.kind} mIoU {100 * scores['miou']:.1f} % of {made.images[split]} images")

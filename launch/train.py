@@ -4,7 +4,7 @@ A config with `stages:` is run stage by stage; what is done and unchanged is ski
 --until NAME that one and what it depends on.
 
 Exit status: 0 done, 2 a mistake in the input, 74 a checkpoint could not be written, 75 stopped by a signal with a
-checkpoint (start the same command again), 1 anything else.
+checkpoint, or between two images of a stage (start the same command again), 1 anything else.
 """
 
 from __future__ import annotations

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsss_dist import dist
-from wsss_dist.errors import UserError
+from wsss_dist.errors import UserError, collective
+from wsss_dist.keys import may_differ_between_nodes
 
 if TYPE_CHECKING:
     from wsss_dist.data.dataset import Dataset
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "triton", "numpy", "opencv-python", "pydantic", "safetensors")
-# last parts of the keys that say where something lies or how it is read: a node may have its own copy and cores
-_PLACES = ("root", "dir", "leave_out", "weights", "token_cache", "start", "num_workers", "gb")
 # a network file system may show a new file late
 _SEEN_WITHIN_S = 60
+# a mark as old as this is of a start that was killed
+_STALE_S = 3600
 
 
 def check_same(describe: Callable[[], dict[str, Any]]) -> None:
@@ -47,22 +48,25 @@ def check_same(describe: Callable[[], dict[str, Any]]) -> None:
     first = next(((rank, where, text) for rank, (where, text, _) in enumerate(all_of) if text is not None), None)
     if first is not None:
         rank, where, text = first
-        raise error if error is not None and rank == 0 else UserError(f"{text} (found by rank {rank} on {where})")
+        mine = error is not None and rank == 0
+        raise collective(error if mine else UserError(f"{text} (found by rank {rank} on {where})"))
     host, _, expected = all_of[0]
     for rank, (where, _, found) in enumerate(all_of):
         differ = [key for key in sorted({*expected, *found}) if expected.get(key) != found.get(key)]
         if differ:
             shown = "; ".join(f"{k} is {found.get(k)!r}, on rank 0 {expected.get(k)!r}" for k in differ[:3])
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise UserError(
-                f"launch: rank {rank} on {where} runs something else than rank 0 on {host}: {shown}{more}; give every "
-                "node the same config, code, packages and data"
+            raise collective(
+                UserError(
+                    f"launch: rank {rank} on {where} runs something else than rank 0 on {host}: {shown}{more}; give "
+                    "every node the same config, code, packages and data"
+                )
             )
 
 
 def facts_of_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a config every key but those that say where something lies; of the code a digest; versions of packages."""
-    config = {f"config '{k}'": v for k, v in flat("", values).items() if k.rpartition(".")[2] not in _PLACES}
+    """Of a config every key but those that a node may have of its own; of the code a digest; versions of packages."""
+    config = {f"config '{k}'": v for k, v in flat("", values).items() if not may_differ_between_nodes(k)}
     versions = {f"package {name}": version for name, version in package_versions().items()}
     return {**config, **versions, "Python": platform.python_version(), "code": _code()}
 
@@ -122,13 +126,22 @@ def check_shared(folder: Path, key: str = "run.dir") -> None:
     dist.on_main(path.unlink)
     for rank, (host, there, place) in enumerate(found):
         if not there:
-            raise UserError(
-                f"run: {found[0][2]} is not shared: rank {rank} on {host} does not find in {place} what rank 0 on "
-                f"{found[0][0]} wrote; set {key} to a folder that all nodes have in common"
+            raise collective(
+                UserError(
+                    f"run: {found[0][2]} is not shared: rank {rank} on {host} does not find in {place} what rank 0 on "
+                    f"{found[0][0]} wrote; set {key} to a folder that all nodes have in common"
+                )
             )
 
 
 def _mark(folder: Path) -> Path:
+    """Make a mark; those of earlier starts go, which were killed while the ranks looked for them."""
+    for old in folder.glob(".shared-*"):
+        try:
+            if time.time() - old.stat().st_mtime > _STALE_S:
+                old.unlink()
+        except FileNotFoundError:  # another start was faster
+            pass
     path = folder / f".shared-{secrets.token_hex(8)}"
     path.touch()
     return path

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from wsss_dist.errors import TrainingError, UserError
+from wsss_dist.errors import Interrupted, TrainingError, UserError, is_collective
 from wsss_dist.launchers import first_of_node, printing_rank
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,32 +37,42 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[], int]) -> int:
     """Run the body of a launch script.
 
-    A UserError or TrainingError is printed to stderr on rank 0 and, as long as the ranks have not met, by one rank of
-    every node; a full disk, a file without access, a full memory, a missing package and the end of a loader process on
-    the rank that met them. Any other exception passes.
+    A UserError or TrainingError is printed to stderr, and so are a full disk, a file without access, a full memory, a
+    missing package, the end of a loader process and that of a rank. What every rank raises is said by rank 0, what one
+    rank met by that one, and as long as the ranks have not met by one rank of every node. Any other exception passes.
 
     Returns:
-        the status of `command`, 2 a mistake in the input, 74 a full disk, or the error's own.
+        the status of `command`, 2 a mistake in the input, 74 a full disk, 75 after a signal, or the error's own.
     """
     try:
         status = command()
         _leave()
         return status
+    except Interrupted as stop:
+        if _rank() == 0:
+            print(stop, file=sys.stderr)
+        _leave()
+        return stop.exit_code
     except (UserError, TrainingError) as error:
-        rank = printing_rank()
-        if rank == 0 or (not _have_met() and first_of_node()):
-            print(f"error{_of_rank(rank)}: {error}", file=sys.stderr)
+        _say(error, str(error), first_of_node() or _have_met())
         return error.exit_code
     except Exception as error:
         known = _explained(error)
         if known is None:
             raise
-        print(f"error{_of_rank(printing_rank())}: {known[0]}", file=sys.stderr)
+        _say(error, known[0], True)
         return known[1]
 
 
-def _of_rank(rank: int) -> str:
-    return f" on rank {rank}" if rank else ""
+def _say(error: Exception, sentence: str, here: bool) -> None:
+    """Print it on rank 0, and on any other rank that is to say (`here`) what it does not share with all."""
+    rank = _rank()
+    if rank == 0 or (here and not is_collective(error)):
+        print(f"error{f' on rank {rank}' if rank else ''}: {sentence}", file=sys.stderr)
+
+
+def _rank() -> int:
+    return sys.modules["wsss_dist.dist"].rank() if _have_met() else printing_rank()
 
 
 def _leave() -> None:
@@ -76,6 +86,11 @@ def _have_met() -> bool:
     """Is there a process group, so that rank 0 has the same error?"""
     dist = sys.modules.get("wsss_dist.dist")
     return dist is not None and dist.world_size() > 1
+
+
+def _store_lost(error: Exception) -> bool:
+    dist = sys.modules.get("wsss_dist.dist")
+    return dist is not None and isinstance(error, dist.STORE_LOST)
 
 
 def _explained(error: Exception) -> tuple[str, int] | None:
@@ -95,7 +110,7 @@ def _explained(error: Exception) -> tuple[str, int] | None:
             "(docker run --shm-size=8g)"
         )
         return f"memory: {first.rstrip('. ')}, so memory or shared memory may be short; {fix}", 1
-    if isinstance(error, RuntimeError) and any(words in first for words in _RANK_GONE):
+    if _store_lost(error) or (isinstance(error, RuntimeError) and any(words in first for words in _RANK_GONE)):
         fix = "its own message, or that of its node, says why; the same command started again goes on from a checkpoint"
         return f"launch: another rank is gone, or does not answer within train.timeout_s ({first}); {fix}", 1
     torch = sys.modules.get("torch")

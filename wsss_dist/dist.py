@@ -7,9 +7,10 @@ of one.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
@@ -19,14 +20,17 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-from wsss_dist.errors import CheckpointError, TrainingError, UserError
+from wsss_dist.errors import Interrupted, TrainingError, UserError, collective
 from wsss_dist.launchers import adopt_slurm, launched
+from wsss_dist.signals import received, signal_name
 
 T = TypeVar("T")
 _COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list", "barrier"),
 )
+# raised where rank 0, which keeps the store that the ranks have in common, is gone
+STORE_LOST = (td.DistNetworkError, td.DistStoreError)
 # seconds that the ranks wait for each other at the start: nodes of one job do not start at the same time
 MEET_S = 600
 # what Slurm sets where it gives each task GPUs of its own
@@ -282,26 +286,73 @@ def shared(total: int, block: int = 4) -> Iterator[Iterator[int]]:
         total: how many.
         block: so many in a row go to one rank.
     Raises:
-        UserError: on every rank, and the same, where one was raised inside on any; no rank is handed more then.
+        Exception: on every rank the one that was raised inside on any (the first of them); no rank is handed more
+            then. Where it cannot be sent it is a RuntimeError on the others, with the rank and the text.
+        Interrupted: on every rank, where a signal came on any before all was handed out; see signals.interruptible.
     """
     global _ranges
     _ranges += 1
-    if world_size() == 1:
-        yield iter(range(total))
-        return
-    store, key, error = td.distributed_c10d._get_default_store(), f"wsss_dist/range/{_ranges}", None
+    store, key = (td.distributed_c10d._get_default_store() if world_size() > 1 else None), f"wsss_dist/range/{_ranges}"
+
+    def stop() -> None:
+        if store is not None:
+            store.add(key, total)
+
+    error, left = None, []
     try:
-        yield _handed_out(store, key, total, block)
-    except UserError as caught:
+        yield _until_signal(range(total) if store is None else _handed_out(store, key, total, block), left, stop)
+    except STORE_LOST:  # rank 0 is gone, so there is nobody to tell
+        raise
+    except Exception as caught:
         error = caught
-        store.add(key, total)
-    if (first := next((e for e in all_gather_object(error) if e is not None), None)) is not None:
-        raise first
+    _leave_shared(error, left, stop)
+
+
+def _until_signal(numbers: Iterable[int], left: list[int], stop: Callable[[], None]) -> Iterator[int]:
+    """The numbers up to a signal, which is put into `left` and keeps every rank from being handed more."""
+    for number in numbers:
+        if (signal := received()) is not None:
+            left.append(signal)
+            stop()
+            return
+        yield number
 
 
 def _handed_out(store: Any, key: str, total: int, block: int) -> Iterator[int]:
     while (start := (store.add(key, 1) - 1) * block) < total:
         yield from range(start, min(start + block, total))
+
+
+def _leave_shared(error: Exception | None, left: list[int], stop: Callable[[], None]) -> None:
+    """Raise on every rank what one of them met, or say that a signal ended the work."""
+    try:
+        if error is not None:
+            stop()
+        found = all_gather_object((error and _sendable(error), left))
+    except Exception:
+        if error is not None:  # it came first, and may be why the others are gone
+            raise error from None
+        raise
+    for number, (sent, _) in enumerate(found):
+        if sent is not None and number == rank():
+            # a full disk is that of this node, which says so too
+            raise collective(error) if isinstance(error, UserError | TrainingError) else error
+        if sent is not None:
+            sent.add_note(f"raised on rank {number}")
+            raise collective(sent)
+    if signals := [signal for _, of_rank in found for signal in of_rank]:
+        raise collective(Interrupted(f"stopped by {signal_name(signals[0])}; the same command goes on from here"))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself where another process gets the same, else a RuntimeError that says whose it is."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301  made one line above
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:  # noqa: S110  of any kind: it is the class of the error that does it
+        pass
+    return RuntimeError(f"rank {rank()}: {type(error).__name__}: {error}")
 
 
 def barrier() -> None:
@@ -313,21 +364,15 @@ def barrier() -> None:
 def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and hand its (picklable) result, or its exception, to every rank.
 
-    UserError, TrainingError and CheckpointError keep their type on the other ranks; an OSError becomes a TrainingError
-    there, any other a RuntimeError.
+    An exception that cannot be sent is a RuntimeError on the other ranks, with its text.
     """
-    result, error, sent = None, None, None
+    result, error = None, None
     if is_main():
         try:
             result = function()
         except Exception as caught:
             error = caught
-            known = type(error) in (UserError, TrainingError, CheckpointError)
-            other = TrainingError if isinstance(error, OSError) else RuntimeError
-            sent = (type(error) if known else other, str(error))
-    result, sent = broadcast_object((result, sent))
-    if error is not None:
-        raise error
+    result, sent = broadcast_object((result, error and _sendable(error)))
     if sent is not None:
-        raise sent[0](sent[1])
+        raise collective(error or sent)
     return result

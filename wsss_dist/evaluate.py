@@ -34,7 +34,7 @@ from wsss_dist.data import build_dataset, build_eval_loader, check_eval_samples,
 from wsss_dist.data.batch import EvalSample, batch_of
 from wsss_dist.data.transforms import normalise
 from wsss_dist.errors import UserError
-from wsss_dist.files import write_whole
+from wsss_dist.files import locked, whole_file, write_whole
 from wsss_dist.methods.base import BaseMethod, Views
 from wsss_dist.metrics import SWEEP, ThresholdSweep
 from wsss_dist.schema import StrictModel
@@ -136,8 +136,10 @@ def evaluate_splits(
     """
     if not final:
         cfg = _quick(cfg)
-    results, records = {}, {}
+    results, records, samples = {}, {}, {}
     datasets = open_splits(cfg, splits)
+    if final:
+        dist.on_main(lambda: _earlier(Path(run_dir)))  # now, not after hours
     for split, dataset in datasets.items():
         start = time.perf_counter()
         with inference(method):
@@ -151,11 +153,11 @@ def evaluate_splits(
             "kinds": results[split],
         }
         if final:
-            _write_samples(Path(run_dir) / "samples" / split, tally.samples)
+            samples[split] = [sample for part in dist.all_gather_object(tally.samples) for sample in part]
     if final and datasets:
         class_names = next(iter(datasets.values())).class_names
         note = weights_note or getattr(method, "weights_note", None)
-        dist.on_main(lambda: _write_result(Path(run_dir), note, cfg, class_names, records))
+        dist.on_main(lambda: _write(Path(run_dir), note, cfg, class_names, records, samples))
     return results
 
 
@@ -273,24 +275,30 @@ def _progress(blocks: Iterable[list[EvalSample]], rows: np.ndarray, text: str) -
                 print(f"{text}: image {number}/{total}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def _write(
+    run_dir: Path, note: str | None, cfg: RunConfig, class_names: list[str], records: dict, samples: dict
+) -> None:
+    """Write result.json and samples/ of a run, which another evaluation of it may do at the same time."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        for split, shown in samples.items():
+            _write_samples(run_dir / "samples" / split, shown)
+        _write_result(run_dir, note, cfg, class_names, records)
+
+
 def _write_samples(folder: Path, samples: list[dict[str, Any]]) -> None:
-    """Rank 0 writes the kept pictures of all ranks as folder/<index>.npz; those of an earlier evaluation go."""
-    gathered = [sample for part in dist.all_gather_object(samples) for sample in part]
-
-    def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.npz"):
-            old.unlink()
-        for sample in gathered:
-            np.savez_compressed(folder / f"{int(sample['index']):06d}.npz", **sample)
-
-    dist.on_main(write)
+    """Write the kept pictures as folder/<index>.npz; those of an earlier evaluation go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{int(sample['index']):06d}.npz" for sample in samples]
+    for path, sample in zip(paths, samples, strict=True):
+        with whole_file(path, contested=True) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **sample)
+    for old in set(folder.glob("*.npz")) - set(paths):
+        old.unlink(missing_ok=True)
 
 
 def _write_result(run_dir: Path, note: str | None, cfg: RunConfig, class_names: list[str], records: dict) -> None:
     """Write run_dir/result.json; splits of an earlier evaluation that this one did not touch are kept."""
-    path = run_dir / "result.json"
-    earlier = json.loads(path.read_text())["splits"] if path.exists() else {}
     result = {
         "name": cfg.run.name,
         "method": cfg.method_name,
@@ -298,9 +306,24 @@ def _write_result(run_dir: Path, note: str | None, cfg: RunConfig, class_names: 
         "class_names": ["background", *class_names],
         "data_note": _data_note(Path(cfg.data.root)),
         "weights_note": note,
-        "splits": {**earlier, **records},
+        "splits": {**_earlier(run_dir), **records},
     }
-    write_whole(path, json.dumps(result, indent=1, allow_nan=False))
+    write_whole(run_dir / "result.json", json.dumps(result, indent=1, allow_nan=False), contested=True)
+
+
+def _earlier(run_dir: Path) -> dict[str, Any]:
+    """The splits that an earlier evaluation scored. Raises UserError where result.json is damaged."""
+    path = run_dir / "result.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["splits"])
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"evaluation: {path} is no result of an evaluation ({reason}), so the splits in it cannot be kept; delete it, "
+        "or put a good copy there"
+    )
 
 
 def _data_note(root: Path) -> str | None:

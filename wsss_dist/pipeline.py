@@ -38,6 +38,7 @@ from wsss_dist.keys import changes_nothing
 from wsss_dist.pipeline_report import build_pipeline_report, scores_text
 from wsss_dist.report import ReportConfig
 from wsss_dist.schema import StrictModel, parse
+from wsss_dist.signals import interruptible
 from wsss_dist.stages import load_kind, stage_kinds
 from wsss_dist.stages.base import Stage, split_names
 from wsss_dist.trained import export_weights
@@ -143,7 +144,8 @@ class Pipeline:
         dist.on_main(self._take_lock)
         try:
             check_shared(self.folder)
-            return self._start([entry for name, entry in self.entries.items() if name in wanted])
+            with interruptible():
+                return self._start([entry for name, entry in self.entries.items() if name in wanted])
         finally:
             if self._lock is not None:
                 self._lock.release()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,30 +22,21 @@ from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.batch import Batch
 from wsss_dist.data.problems import REPLACED, TABLE, add_problems, noted, start_problems
 from wsss_dist.engine import build_engine
-from wsss_dist.errors import UserError
+from wsss_dist.errors import Interrupted, TrainingError, UserError, collective, raised_alike
 from wsss_dist.evaluate import evaluate_splits, open_splits
+from wsss_dist.files import write_whole
+from wsss_dist.keys import changes_no_step, changes_nothing, is_weights
 from wsss_dist.log import RunLog
 from wsss_dist.methods import load_method
 from wsss_dist.report import build_report
+from wsss_dist.signals import interruptible, received
 from wsss_dist.trained import check_classes
 
 DONE, INTERRUPTED = 0, 75
-# keys of the method that say where something lies: a checkpoint holds the weights itself
-_PLACES = ("method.backbone.weights", "method.backbone.token_cache", "method.second.weights", "method.start")
-# keys of the method that change memory and time alone
-_HOW = ("method.backbone.recompute", "method.second.backbone.recompute")
 # keys that the meaning of a step number depends on
 _FIXED = ("train.steps", "train.global_batch", "run.seed")
-# keys of the data section that no training step depends on
-_NOT_TRAINING = (
-    "data.cache",
-    "data.cache.dir",
-    "data.cache.gb",
-    "data.eval_splits",
-    "data.num_workers",
-    "data.max_damaged",
-    "data.val_limit",
-)
+# in a checkpoint, what stands for the images of the training split and their tags
+_DATA = "data of the training split"
 
 
 class Trainer:
@@ -71,16 +59,15 @@ class Trainer:
             self.run_dir, total=train.steps, batch=train.global_batch, every=train.log_every, enabled=dist.is_main()
         )
         settings = _settings(cfg)
-        self.checkpoints = Checkpoints(
+        self.checkpoints = _RunCheckpoints(
             self.run_dir / "checkpoints",
             keep=train.keep,
             identity=_identity(cfg, classes),
-            fixed={k: v for k, v in settings.items() if k in _FIXED},
+            fixed={**{k: v for k, v in settings.items() if k in _FIXED}, _DATA: self._images},
             settings={k: v for k, v in settings.items() if k not in _FIXED},
             report=self.log.message,
         )
         self._damaged: set[str] = set()
-        self._signal: int | None = None
         self._lock: RunLock | None = None
 
     def _open_data(self) -> dict[str, Any]:
@@ -91,7 +78,9 @@ class Trainer:
         self.dataset = build_dataset(cfg.data, cfg.data.train_split)
         self._loader(0)  # says now if the images do not fill one step
         values = {**cfg.model_dump(mode="json"), "method.name": cfg.method_name}
-        return {**facts_of_config(values), **facts_of_data(cfg.data.train_split, self.dataset)}
+        facts = facts_of_data(cfg.data.train_split, self.dataset)
+        self._images = facts[f"data of split '{cfg.data.train_split}'"]
+        return {**facts_of_config(values), **facts}
 
     def _build_method(self) -> dict[str, Any]:
         """Make the method; nothing of it has to be the same, rank 0 gives the others its weights."""
@@ -111,47 +100,56 @@ class Trainer:
         Raises:
             UserError, TrainingError: on every rank, with the reason in one sentence.
         """
-        dist.on_main(self._open_run_dir)
         try:
+            dist.on_main(self._open_run_dir)
             check_shared(self.run_dir)
-            with self._signals(), noted(self.run_dir):
-                self.checkpoints.check_space(self.engine)
-                if self.dataset.unusable:
-                    names = f"{self.dataset.unusable} images of '{self.dataset.name}'"
-                    self.log.message(f"{names} are left out: {self.cfg.data.leave_out} names them")
-                if self.dataset.left_out:
-                    self.log.message(f"{self.dataset.left_out} images of '{self.dataset.name}' have no tag: left out")
-                start = self._resume()
-                dist.on_main(partial(self._describe, start))  # now that the checkpoint fits what is asked for
-                return self._run(start)
+            with interruptible(), noted(self.run_dir):
+                return self._run(self._begin())
+        except Interrupted as stop:  # in an evaluation
+            self.log.message(f"{stop}, from a checkpoint")
+            return INTERRUPTED
         finally:
             self.log.close()
             if self._lock is not None:
                 self._lock.release()
 
+    def _begin(self) -> int:
+        """Say what is left out, load the checkpoint and write down what is run; the number of steps that are done."""
+        with raised_alike():
+            self.checkpoints.check_space(self.engine)
+        if self.dataset.unusable:
+            names = f"{self.dataset.unusable} images of '{self.dataset.name}'"
+            self.log.message(f"{names} are left out: {self.cfg.data.leave_out} names them")
+        if self.dataset.left_out:
+            self.log.message(f"{self.dataset.left_out} images of '{self.dataset.name}' have no tag: left out")
+        start = self._resume()
+        dist.on_main(partial(self._describe, start))  # now that the checkpoint fits what is asked for
+        return start
+
     def _run(self, start: int) -> int:
         train = self.cfg.train
         self.log.start(start)
         if start and _due(train.eval_every, start) and start < train.steps:
-            self._evaluate(start)
+            self._evaluate(start, saved=True)
         if train.stop_after is not None and start >= train.stop_after:
             self.log.message(f"nothing to do: {start} steps are done and train.stop_after is {train.stop_after}")
             return DONE
         batches_of = self._loader(start)
         for done in range(start + 1, train.steps + 1):
-            with _named_rank():
-                batches = next(batches_of)
+            batches = next(batches_of)
+            with raised_alike(TrainingError):
                 metrics = self.engine.train_step(batches, done - 1)
             self.log.step(done, metrics)
             interrupted = self._exchange(batches)
             stop = interrupted or done == train.stop_after
-            if stop or done == train.steps or _due(train.save_every, done):
-                self.checkpoints.save(self.engine, done)
+            save = stop or done == train.steps or _due(train.save_every, done)
+            if save:
+                self._save(done)
             if stop:
                 self.log.message(f"stopped after step {done} with a checkpoint; the same command goes on from it")
                 return INTERRUPTED if interrupted else DONE
             if done < train.steps and _due(train.eval_every, done):
-                self._evaluate(done)
+                self._evaluate(done, saved=save)
         self._finish()
         return DONE
 
@@ -174,21 +172,35 @@ class Trainer:
     def _resume(self) -> int:
         if not self.cfg.train.resume:
             return 0
-        start = self.checkpoints.resume(self.engine)
+        with raised_alike():
+            start = self.checkpoints.resume(self.engine)
         if start:
             with self.engine.evaluation() as whole:
                 self.engine.module.after_load(whole)
             self.log.message(f"resumed after step {start}")
         return start
 
-    def _evaluate(self, step: int) -> None:
-        """Quick evaluation of the splits that the log does not hold yet for this step."""
+    def _save(self, step: int) -> None:
+        with raised_alike():
+            self.checkpoints.save(self.engine, step)
+
+    def _evaluate(self, step: int, saved: bool) -> None:
+        """Quick evaluation of the splits that the log does not hold yet for this step.
+
+        Raises:
+            Interrupted: by a signal, with a checkpoint; the next start repeats it.
+        """
         splits = [s for s in self.cfg.data.eval_splits if not self.log.evaluated(step, s)]
         splits = dist.broadcast_object(splits)
         if not splits:
             return
-        with self.engine.evaluation() as method:
-            results = evaluate_splits(method, self.cfg, splits, self.run_dir, step, final=False)
+        try:
+            with self.engine.evaluation() as method:
+                results = evaluate_splits(method, self.cfg, splits, self.run_dir, step, final=False)
+        except Interrupted:
+            if not saved:
+                self._save(step)
+            raise
         for split, result in results.items():
             self.log.evaluation(step, split, result)
 
@@ -211,7 +223,7 @@ class Trainer:
             UserError: more images are damaged than data.max_damaged.
         """
         new = sorted({d for b in batches for d in b.damaged if d[0] not in self._damaged})
-        signalled, num_new = dist.all_reduce_sum(torch.tensor([self._signal is not None, len(new)]).long()).tolist()
+        signalled, num_new = dist.all_reduce_sum(torch.tensor([received() is not None, len(new)]).long()).tolist()
         if num_new:
             rows = []
             for path, reason in (d for found in dist.all_gather_object(new) for d in found):
@@ -222,10 +234,12 @@ class Trainer:
             if dist.is_main():
                 add_problems(self.run_dir / TABLE, rows)
             if len(self._damaged) > self.cfg.data.max_damaged:
-                raise UserError(
-                    f"data: {len(self._damaged)} images cannot be read, the last is {path} ({reason}); "
-                    f"'data.max_damaged' is {self.cfg.data.max_damaged}: repair the files or raise the limit; "
-                    f"{self.run_dir / TABLE} names them"
+                raise collective(
+                    UserError(
+                        f"data: {len(self._damaged)} images cannot be read, the last is {path} ({reason}); "
+                        f"'data.max_damaged' is {self.cfg.data.max_damaged}: repair the files or raise the limit; "
+                        f"{self.run_dir / TABLE} names them"
+                    )
                 )
         return signalled > 0
 
@@ -247,36 +261,25 @@ class Trainer:
     def _describe(self, start: int) -> None:
         """On rank 0, before the first step of this start: write down what is run and on what."""
         start_problems(self.run_dir / TABLE, keep=start > 0)
-        (self.run_dir / "config.yaml").write_text(self.cfg.to_yaml())
-        (self.run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT only set a flag, which the ranks share after each step; a second one acts as usual."""
-
-        def note(number: int, _: Any) -> None:
-            self._signal = number
-            signal.signal(number, before[number])
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        write_whole(self.run_dir / "config.yaml", self.cfg.to_yaml(), durable=True)
+        write_whole(self.run_dir / "environment.json", json.dumps(_environment(), indent=1), durable=True)
 
 
-@contextmanager
-def _named_rank() -> Iterator[None]:
-    """What goes wrong on one rank alone is said there: rank 0 would only see a lost connection."""
-    try:
-        yield
-    except UserError as error:
-        if not dist.is_main():
-            print(f"error on rank {dist.rank()}: {error}", file=sys.stderr)
-        raise
+class _RunCheckpoints(Checkpoints):
+    """Those of a training: of other data they are refused, and what an older version compared, but changes nothing,
+    is passed over."""
+
+    def _check(self, folder: Path, manifest: dict) -> None:
+        settings = {k: v for k, v in manifest["settings"].items() if not changes_no_step(k)}
+        identity = {k: v for k, v in manifest["identity"].items() if not (is_weights(k) or changes_nothing(k))}
+        now, fixed = self.fixed[_DATA], {_DATA: self.fixed[_DATA], **manifest["fixed"]}  # older ones do not have it
+        if fixed[_DATA] != now and identity == self.identity:  # of another model the data may be others, too
+            raise UserError(
+                f"checkpoint: {folder} was trained on {fixed[_DATA]}, the training split now has {now}, which would "
+                "give its steps other images: put the data back as they were (data.root, data.leave_out, "
+                "data.train_limit and data.untagged decide on them), or give the run another run.name"
+            )
+        super()._check(folder, {**manifest, "fixed": fixed, "settings": settings, "identity": identity})
 
 
 def _due(every: int | None, done: int) -> bool:
@@ -298,7 +301,8 @@ def configure_kernels(settings: dict[str, str]) -> None:
 
 def _identity(cfg: RunConfig, classes: list[str]) -> dict[str, Any]:
     """What a checkpoint must share with the run: method and backbone, classes, form of the optimiser state."""
-    method = {k: v for k, v in flat("method", cfg.method.model_dump(mode="json")).items() if k not in (*_PLACES, *_HOW)}
+    values = flat("method", cfg.method.model_dump(mode="json"))
+    method = {k: v for k, v in values.items() if not (is_weights(k) or changes_nothing(k))}
     train = {f"train.{k}": getattr(cfg.train, k) for k in ("engine", "zero_stage", "precision")}
     return {"method.name": cfg.method_name, "data classes": classes, **method, **train}
 
@@ -307,7 +311,7 @@ def _settings(cfg: RunConfig) -> dict[str, Any]:
     """What else the training depends on: length, batch, seed, learning rate and samples."""
     sections = {**flat("optim", cfg.optim.model_dump(mode="json")), **flat("data", cfg.data.model_dump(mode="json"))}
     fixed = {"train.steps": cfg.train.steps, "train.global_batch": cfg.train.global_batch, "run.seed": cfg.run.seed}
-    return {**fixed, **{k: v for k, v in sections.items() if k not in _NOT_TRAINING}}
+    return {**fixed, **{k: v for k, v in sections.items() if not changes_no_step(k)}}
 
 
 def commit() -> str | None:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.synthetic import write_synthetic_dataset
+from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_evaluate import Colours, ColourSet, config
 from tests.train.test_pseudo_labels import small_run
 from wsss_dist import dist, evaluate
-from wsss_dist.config import load_config
+from wsss_dist.config import load_config, parse_config
 from wsss_dist.data.decode import DamagedImage
+from wsss_dist.errors import UserError
 from wsss_dist.evaluate import evaluate_splits
 from wsss_dist.trained import load_newest
 
@@ -143,6 +146,56 @@ def test_a_damaged_image_ends_every_rank_with_one_message(tmp_path):
     kind, message = ends[0]
     assert kind == "BadFile" and "cannot be read (the file is empty)" in message
     assert any(f"image c/{i}.jpg of the evaluation split" in message for i in (5, 9))
+
+
+def _open(values):
+    evaluate.open_splits(parse_config(values), ["val"])
+
+
+def test_what_is_found_before_the_evaluation_ends_every_rank_with_the_same_error(tmp_path):
+    root = write_synthetic_dataset(tmp_path / "data", 4, 3, 32, 3, seed=1)
+    first = sorted((root / "images/val").iterdir())[0]
+    first.write_bytes(b"")
+    values = tiny.values(tmp_path)
+    values["data"] = {"format": "coco", "root": str(root), "eval_splits": ["val"], "crop": 16, "num_workers": 0}
+    ends = run_ranks(2, tmp_path, _open, values, fails=True)
+    assert ends[0] == ends[1], "rank 0 alone looks, and hands on what it finds"
+    kind, message = ends[1]
+    assert kind == "BadFile" and f"{first} of the evaluation split" in message and "the file is empty" in message
+
+
+def _write_often(folder, name):
+    cfg = config()
+    for i in range(100):
+        samples = {name: [{"index": k, "image": np.full((8, 8, 3), i, np.uint8)} for k in range(i % 3 + 1)]}
+        evaluate._write(folder, None, cfg, ["a"], {f"{name}{i}": {"kinds": {}}}, samples)
+
+
+def test_two_evaluations_of_a_run_at_once_keep_what_the_other_found(tmp_path):
+    folder = tmp_path / "run"
+    alone = [{}, {}]  # two commands, not two ranks of one
+    run_ranks(2, tmp_path, _write_often_as, folder, environments=alone)
+    found = json.loads((folder / "result.json").read_text())["splits"]
+    assert set(found) == {f"{name}{i}" for name in "ab" for i in range(100)}
+    assert [p.name for p in sorted((folder / "samples/a").iterdir())] == ["000000.npz"], "those of the last one alone"
+    assert not list(folder.rglob("*.partial"))
+
+
+def _write_often_as(folder):
+    with evaluate.locked(folder.parent):
+        name = "b" if (folder.parent / "a").exists() else "a"
+        (folder.parent / name).touch()
+    _write_often(folder, name)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "\xff"])
+def test_a_damaged_result_is_one_sentence_before_the_work(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "build_dataset", lambda cfg, split: ColourSet(6))
+    (tmp_path / "result.json").write_bytes(content.encode("latin-1"))
+    method = Colours()
+    with pytest.raises(UserError, match=r"result\.json is no result of an evaluation .*; delete it, or put") as error:
+        evaluate_splits(method, config(), ["val"], tmp_path, 1)
+    assert not method.seen and "\n" not in str(error.value)
 
 
 def _evaluate_run(run_dir, folder):

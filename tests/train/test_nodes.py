@@ -263,6 +263,14 @@ def test_a_run_folder_that_is_not_shared(data, tmp_path):
     assert not list((tmp_path / "node0/tiny").glob(".shared-*"))
 
 
+def test_the_mark_of_a_start_that_was_killed_goes(tmp_path):
+    for name, age in ((".shared-old", 3700), (".shared-new", 60)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    mine = agreement._mark(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {".shared-new", mine.name}, "another start may be looking at it"
+
+
 def test_the_lock_of_a_node_that_died_is_that_of_the_job_which_was_started_again(tmp_path, monkeypatch):
     lost = {"host": "lost", "pid": 1, "job": "4711", "restarts": "0"}
     (tmp_path / "lock.json").write_text(json.dumps(lost))

@@ -15,7 +15,8 @@ from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_trainer import ROOT, run
 from wsss_dist import config, methods
-from wsss_dist.data.problems import REPLACED, STOPPED, read_problems
+from wsss_dist.data.problems import REPLACED, STOPPED, noted, read_problems
+from wsss_dist.errors import BadFile
 
 
 @pytest.fixture
@@ -77,6 +78,18 @@ def test_a_run_that_stops_names_what_it_stopped_at(tmp_path, root):
     shutil.rmtree(root)
     write_synthetic_dataset(root, 8, 3, 32, 3, seed=1)
     assert run_ranks(1, tmp_path, run, values(tmp_path, root, "b")) == [0] and rows(tmp_path, "b") == []
+
+
+@pytest.mark.parametrize("content", [b"path,kind,reason,effect\nbroken row\n", None])
+def test_a_table_that_cannot_be_added_to_does_not_hide_the_error(content, tmp_path):
+    if content is None:
+        (tmp_path / "problems.csv").mkdir()
+    else:
+        (tmp_path / "problems.csv").write_bytes(content)
+    with pytest.raises(BadFile, match=r"^data: x\.jpg cannot be read \[not noted in .*problems\.csv: .*\]$"):
+        with noted(tmp_path):
+            raise BadFile("x.jpg", "empty", "data: x.jpg cannot be read")
+    assert content is None or (tmp_path / "problems.csv").read_bytes() == content
 
 
 def evaluate(*arguments: str) -> int:

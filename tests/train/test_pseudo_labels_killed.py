@@ -116,3 +116,20 @@ def test_killed_at_random_moments(kind, run_dir, tmp_path):
     assert [rank.exitcode for rank in ranks] == [0] * RANKS
     assert digests(out) == once
     assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process groups as on Linux")
+def test_a_signal_to_ranks_and_workers_ends_them_after_the_image_in_work(run_dir, tmp_path):
+    out = tmp_path / "out"
+    ranks = start(run_dir, out, "seg")
+    while count(out) < 3 and None in (rank.exitcode for rank in ranks):
+        time.sleep(0.01)
+    os.killpg(ranks[1].pid, signal.SIGTERM)  # one of them, with its worker
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [75] * RANKS
+    assert 0 < count(out) < IMAGES and not list(out.rglob("*.partial"))
+    ranks = start(run_dir, out, "seg")
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * RANKS and count(out) == IMAGES

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from tests.data.synthetic import write_synthetic_dataset
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
+from wsss_dist.checkpoint import _digest
 from wsss_dist.config import parse_config
+from wsss_dist.errors import UserError
 from wsss_dist.log import RunLog
 from wsss_dist.trainer import Trainer
 
@@ -78,6 +81,42 @@ def test_a_run_interrupted_three_times_leaves_the_files_of_one_that_was_not(data
     assert (folder / "lock.json").read_text() == ""
 
 
+def _signalled_in_evaluation(values: dict, step: int | None) -> int:
+    """A run in which one rank gets a SIGTERM at its first image of the evaluation after a step; None: of the last."""
+    original, sent = tiny.Method.predict, Path(values["run"]["dir"]) / f"sent-{step}"
+
+    def predict(self, batch, views):
+        if views.step == step and not sent.exists():
+            sent.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, views)
+
+    tiny.Method.predict = predict
+    try:
+        return run(values)
+    finally:
+        tiny.Method.predict = original
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_and_the_next_start_repeats_it(tmp_path):
+    root = write_synthetic_dataset(tmp_path / "data", 8, 12, 32, 3, seed=1)
+    section = {"format": "coco", "root": str(root), "eval_splits": ["val"], "crop": 16, "num_workers": 0}
+    train = {"steps": 4, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 2, "engine": "plain"}
+    values = {name: _values(tmp_path, {"data": section, "train": train}, name) for name in ("whole", "cut")}
+    for name in values:
+        values[name]["eval"]["batch"] = 1
+    assert run_ranks(2, tmp_path, run, values["whole"]) == [0, 0]
+    for step, checkpoint in ((2, "ckpt-2"), (None, "ckpt-4")):
+        assert run_ranks(2, tmp_path, _signalled_in_evaluation, values["cut"], step) == [75, 75]
+        assert (tmp_path / "cut/checkpoints" / checkpoint / "manifest.json").exists()
+        assert not (tmp_path / "cut/result.json").exists() and (tmp_path / "cut/lock.json").read_text() == ""
+    assert run_ranks(2, tmp_path, run, values["cut"]) == [0, 0]
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole == cut
+    one, other = (json.loads((tmp_path / name / "result.json").read_text())["splits"]["val"] for name in values)
+    assert one["kinds"] == other["kinds"]
+
+
 def test_damaged_images_are_counted_over_ranks_and_stop_the_run(data, tmp_path):
     images = sorted((tmp_path / "data/images/train").iterdir())
     for path in images[2:5]:
@@ -92,12 +131,19 @@ def test_damaged_images_are_counted_over_ranks_and_stop_the_run(data, tmp_path):
     assert run_ranks(2, tmp_path, run, values) == [0, 0]
 
 
+def _refused(values: dict) -> str:
+    with pytest.raises(UserError) as error:
+        run(values)
+    return str(error.value)
+
+
 def test_a_folder_with_checkpoints_is_not_started_afresh(data, tmp_path):
     values = _values(tmp_path, data, "a", train__engine="plain", train__stop_after=1)
     assert run_ranks(1, tmp_path, run, values) == [0]
     values["train"]["resume"] = False
-    ((kind, message),) = run_ranks(1, tmp_path, run, values, fails=True)
-    assert kind == "UserError" and "'train.resume' is false" in message and "run.name" in message
+    for messages in run_ranks(1, tmp_path, work.each, _refused, [values, values]):  # in one process: the lock is free
+        for message in messages:
+            assert "'train.resume' is false" in message and "run.name" in message
 
 
 def _listen(values: dict) -> str:
@@ -118,6 +164,43 @@ def test_other_settings_than_those_of_the_checkpoint_are_told(data, tmp_path):
         "from step 1 on, other settings than before: 'data.flip' is False, was True, 'optim.lr' is 0.002, was" in second
     )
     assert "other settings" not in first + third and "max_damaged" not in second
+
+
+def _keep_images(root: Path, keep: int) -> None:
+    """Take all but so many images, and what is said of them, out of the training split."""
+    path = root / "annotations/train.json"
+    content = json.loads(path.read_text())
+    content["images"] = content["images"][:keep]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    path.write_text(json.dumps(content))
+
+
+def _of_an_older_version(folder: Path) -> None:
+    """Make the checkpoint one that knows nothing of its data, and compares keys that changed nothing."""
+    path = folder / "manifest.json"
+    manifest = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
+    del manifest["fixed"]["data of the training split"]
+    manifest["settings"]["data.root"] = manifest["identity"]["method.second.backbone.weights"] = "/old"
+    path.write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+
+
+def test_a_run_does_not_go_on_with_other_data(data, tmp_path):
+    values = _values(tmp_path, data, "a", train__engine="plain", train__stop_after=1)
+    assert run_ranks(1, tmp_path, run, values) == [0]
+    values["train"]["stop_after"] = 2
+    values["data"] = {**data["data"], "root": str(shutil.copytree(tmp_path / "data", tmp_path / "moved"))}
+    (said,) = run_ranks(1, tmp_path, _listen, values)
+    assert "other settings" not in said, "the same data at another place"
+    _keep_images(tmp_path / "moved", 8)
+    values["train"]["stop_after"] = 3
+    for kind, message in run_ranks(2, tmp_path, run, values, fails=True):
+        assert kind == "UserError" and "\n" not in message
+        assert "trained on 12 images, digest " in message and "now has 8 images, digest" in message
+        assert "put the data back" in message and "another run.name" in message
+    _of_an_older_version(tmp_path / "a/checkpoints/ckpt-2")
+    (said,) = run_ranks(1, tmp_path, _listen, values)
+    assert "resumed after step 2" in said and "other settings" not in said
 
 
 @pytest.mark.parametrize("engine", [{"engine": "plain"}, {"engine": "deepspeed", "zero_stage": 3}])

@@ -6,7 +6,10 @@ G global batch, A micro batches per rank and step, n images. The sample at posit
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -291,8 +294,23 @@ def _workers(num_workers: int, prefetch: int) -> dict:
         "generator": torch.Generator(),
     }
     if num_workers:
-        settings["prefetch_factor"] = prefetch
+        settings |= {"prefetch_factor": prefetch, "worker_init_fn": _ignore_signals}
+        Finalize(None, _kill_workers, exitpriority=0)
     return settings
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole process group is for the process that uses the images, which ends its workers itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """At the end of this process: multiprocessing would send them SIGTERM and wait until they are gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _unwrap(items: list) -> Batch | UserError:

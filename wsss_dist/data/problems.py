@@ -9,7 +9,6 @@ absolute, or relative to the folder of the table.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wsss_dist.errors import BadFile, UserError
-from wsss_dist.files import write_whole
+from wsss_dist.files import locked, write_whole
 
 Problem = tuple[str, str, str, str]
 TABLE = "problems.csv"
@@ -75,16 +74,9 @@ def start_problems(path: Path, keep: bool) -> None:
 
 def add_problems(path: Path, problems: Iterable[Problem]) -> None:
     """Add rows to a table, which other ranks may do at the same time; paths become absolute."""
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # some network file systems have no locks
-            pass
+    with locked(path.parent):
         rows = read_problems(path) if is_problems_table(path) else []
         write_problems(path, [*rows, *((_absolute(place), *rest) for place, *rest in problems)])
-    finally:
-        os.close(handle)
 
 
 def _absolute(path: str) -> str:
@@ -93,12 +85,18 @@ def _absolute(path: str) -> str:
 
 @contextmanager
 def noted(folder: Path) -> Iterator[None]:
-    """The files of a BadFile that is raised inside are added to `folder`/problems.csv, where there is that folder."""
+    """The files of a BadFile that is raised inside are added to `folder`/problems.csv, where there is that folder.
+
+    A table that cannot be added to is left as it is, and the error says so.
+    """
     try:
         yield
     except BadFile as error:
         if folder.is_dir():
-            add_problems(folder / TABLE, problems_of(error, STOPPED))
+            try:
+                add_problems(folder / TABLE, problems_of(error, STOPPED))
+            except (UserError, OSError) as reason:  # what stopped the command is what the user has to know
+                error.message = f"{error.message} [not noted in {folder / TABLE}: {reason}]"
         raise
 
 

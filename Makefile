@@ -1,7 +1,7 @@
 # make quickstart   set up, prepare data and weights, train, evaluate, write the report
 # make quickstart-pnoc   the same with every stage of P-NOC
 # make quickstart-aepsl  the same with every stage of AE-PSL
-# make test         set up, run the tests
+# make test         set up, run the tests; where nvidia-smi finds a GPU, those that need one in a second session
 # make lint         set up, check the style
 # make bench        set up, time the operators (make bench OP=par ARGS='--plot par.png': one of them, with a plot)
 # make setup        only the virtual environment with everything installed
@@ -16,8 +16,10 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 # share the test files.
 TEST_THREADS ?= 2
 TEST_PROCESSES ?= 2
+# Not empty where there is a GPU; `make test HAS_GPU=` leaves out the tests that need one.
+HAS_GPU ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 1; fi)
 # One process on a GPU; on a CPU one per core up to two, which is faster than threads. Both train on the same samples.
-RANKS ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ $(CORES) -lt 2 ]; then echo 1; else echo 2; fi)
+RANKS ?= $(if $(HAS_GPU),1,$(shell if [ $(CORES) -lt 2 ]; then echo 1; else echo 2; fi))
 
 DEPENDENCIES := $(VENV)/.wsss-dependencies
 INSTALLED := $(VENV)/.wsss-installed
@@ -68,6 +70,9 @@ quickstart quickstart-pnoc quickstart-aepsl: setup
 
 test: setup
 	@OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
+ifneq ($(HAS_GPU),)
+	@WSSS_TEST_GPU=1 OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m gpu
+endif
 
 bench: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m kernels.bench $(OP) $(ARGS)

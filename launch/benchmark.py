@@ -42,10 +42,10 @@ def _benchmark() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.global_batch=2")
     parser.add_argument("--stage", metavar="NAME", help="the stage to time, of a config with `stages:`")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, as many again with phases (default 5)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before (default 2)")
+    parser.add_argument("--warmup", type=int, help="steps before (default 2; with --data what is loaded ahead)")
     parser.add_argument("--at", type=float, default=0.9, help="fraction of the run that they stand at (default 0.9)")
     parser.add_argument("--peer", action="store_true", help="time the same step as research code has it too")
-    parser.add_argument("--data", action="store_true", help="the config's own data; more steps than it loads ahead")
+    parser.add_argument("--data", action="store_true", help="the config's own data and loader")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--clock", default="wall", help="wall, or cpu: CPU time, on a CPU that other jobs use too")
     parser.add_argument("--memory", action="store_true", help="predict the memory of a step on a GPU; times nothing")
@@ -105,7 +105,7 @@ def _check(args: Any) -> None:
     """What the parser lets through."""
     for option, fits, expected in (
         ("steps", args.steps >= 1, "1 or more"),
-        ("warmup", args.warmup >= 0, "0 or more"),
+        ("warmup", args.warmup is None or args.warmup >= 0, "0 or more"),
         ("at", 0 <= args.at <= 1, "a fraction of the run, 0 to 1"),
         ("device", args.device in (None, *DEVICES), "cpu or cuda"),
         ("clock", args.clock in ("wall", "cpu"), "wall or cpu"),

@@ -100,7 +100,9 @@ def peers(name: str, device: torch.device) -> dict:
         plain = reference.candidates, reference.expand
         reference.candidates, reference.expand = candidates, expand
         try:
-            return RegionSelection(*reference.select_regions(*args, (h, w), radius, TAU, (LOW, HIGH), MAX_SEEDS, TOP))
+            pairs = (args[2] > 0).nonzero()
+            rest = reference.select_regions(*args[:2], pairs, (h, w), radius, TAU, (LOW, HIGH), MAX_SEEDS, TOP)
+            return RegionSelection(pairs, *rest)
         finally:
             reference.candidates, reference.expand = plain
 

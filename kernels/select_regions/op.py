@@ -18,20 +18,18 @@ from kernels.select_regions import reference
 def _native(
     mask_logits: Tensor,
     scores: Tensor,
-    present: Tensor,
+    pairs: Tensor,
     grid: tuple[int, int],
     radius: float | None,
     tau: float,
     overlap: tuple[float, float],
     max_seeds: int,
     top: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = (present > 0).nonzero()
+) -> tuple[Tensor, Tensor]:
     limit, threshold = disc_limit(radius), math.log(tau / (1 - tau))
-    rest = torch.ops.wsss.select_regions(
+    return torch.ops.wsss.select_regions(
         mask_logits, scores.float(), pairs, *grid, limit, threshold, *overlap, max_seeds, top
     )
-    return pairs, *rest
 
 
 if native_problem("select_regions") is None:
@@ -58,6 +56,7 @@ def select_regions(
     scores: Tensor,
     present: Tensor,
     *,
+    pairs: Tensor | None = None,
     grid: tuple[int, int],
     radius: float | None = None,
     tau: float = 0.7,
@@ -73,6 +72,8 @@ def select_regions(
                  a candidate of the class that wins among all C, absent ones included, if its score is > 0. A patch
                  with a NaN or an infinite score is a candidate of none.
     present      [B, C] bool or number; each (image, class) with present > 0 is a pair.
+    pairs        [P, 2] int64, those of `present` in order, from a caller who has them: to count them the host waits
+                 for a GPU. Their values are not looked at there.
     grid         (h, w), h * w = N.
     radius       masks are cut to this disc (grid units) before they are binarised; None: no disc.
     tau          a mask covers the patches where its probability is > tau, in (0, 1).
@@ -91,6 +92,13 @@ def select_regions(
     checks.floating("select_regions", mask_logits=mask_logits, scores=scores)
     checks.real("select_regions", present=present)
     checks.same_device("select_regions", mask_logits=mask_logits, scores=scores, present=present)
+    if pairs is None:
+        pairs = (present > 0).nonzero()
+    else:
+        checks.shape("select_regions", "pairs", pairs, "P", 2)
+        if pairs.dtype != torch.int64:
+            raise TypeError(f"select_regions: pairs must be int64, got {pairs.dtype}")
+        checks.same_device("select_regions", pairs=pairs, scores=scores)
     grid = checks.grid("select_regions", grid, n)
     if radius is not None:
         checks.number("select_regions", "radius", radius, low=0.0)
@@ -100,4 +108,4 @@ def select_regions(
     checks.number("select_regions", "max_seeds", max_seeds, low=1)
     checks.number("select_regions", "top", top, low=1)
     run = choose("select_regions", scores.device, backend)
-    return RegionSelection(*run(mask_logits, scores, present, grid, radius, tau, overlap, max_seeds, top))
+    return RegionSelection(pairs, *run(mask_logits, scores, pairs, grid, radius, tau, overlap, max_seeds, top))

@@ -1,4 +1,4 @@
-"""Confidence region selection in plain torch; the definition of the op. No loop over pairs, no sync but `nonzero`.
+"""Confidence region selection in plain torch; the definition of the op. No loop over pairs, no sync.
 
 Letters: P (image, class) pairs, T candidates kept per pair.
 """
@@ -58,21 +58,20 @@ def expand(regions: Tensor, valid: Tensor, overlap: tuple[float, float], max_see
 def select_regions(
     mask_logits: Tensor,
     scores: Tensor,
-    present: Tensor,
+    pairs: Tensor,
     grid: tuple[int, int],
     radius: float | None,
     tau: float,
     overlap: tuple[float, float],
     max_seeds: int,
     top: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     num_patches = scores.shape[1]
-    pairs = (present > 0).nonzero()
     image, label = pairs.unbind(1)
     members = torch.zeros(len(pairs), num_patches, dtype=torch.bool, device=scores.device)
     seeds = torch.full((len(pairs), max_seeds), -1, dtype=torch.int64, device=scores.device)
     if len(pairs) == 0 or num_patches == 0:
-        return pairs, members, seeds
+        return members, seeds
     relative, winner = candidates(scores.float())
     mine = winner[image] == label.unsqueeze(1)  # [P, N]
     confidence = torch.where(mine, relative[image, :, label], -1.0)
@@ -89,4 +88,4 @@ def select_regions(
             chosen, first = expand(regions.float(), valid[part], overlap, max_seeds)
         members[part] = members[part].scatter(1, order[part], chosen)
         seeds[part] = torch.where(first >= 0, order[part].gather(1, first.clamp_min(0)), -1)
-    return pairs, members, seeds
+    return members, seeds

@@ -283,6 +283,23 @@ def test_cuda_equals_reference():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (seed, options)
 
 
+@each_backend
+def test_pairs_of_the_caller_are_those_of_the_tags():
+    args = example()
+    pairs = args[2].nonzero()
+    for ours, want in zip(
+        select_regions(*args, grid=(5, 7), pairs=pairs), select_regions(*args, grid=(5, 7)), strict=True
+    ):
+        assert torch.equal(ours, want)
+    assert select_regions(*args, grid=(5, 7), pairs=pairs[1:]).members.shape == (len(pairs) - 1, 35)
+    for wrong, error, match in (
+        (pairs.T, ValueError, r"select_regions: pairs must be \[P, 2\]"),
+        (pairs.int(), TypeError, "select_regions: pairs must be int64"),
+    ):
+        with pytest.raises(error, match=match):
+            select_regions(*args, grid=(5, 7), pairs=wrong)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

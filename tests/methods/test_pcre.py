@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.methods.tiny import NUM_CLASSES, random_batch, tiny_method
+from wsss_dist.cam import present_pairs
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import Views
 from wsss_dist.models.prototypes import PrototypeMemory
@@ -129,7 +131,7 @@ def test_ablations_train_and_predict(crme, cpe):
 
 def test_crme_masks_are_mixed_in_from_forty_percent_on():
     method, batch = tiny_method(), random_batch()
-    before, after = (method._stage(batch.images, batch.labels, [1.0], [], p) for p in (0.39, 0.4))
+    before, after = (method._stage(batch, present_pairs(batch.labels), [1.0], [], p) for p in (0.39, 0.4))
     assert before.masks is None and after.masks.shape == (int(batch.labels.sum()), 64, 64)
     assert torch.equal(before.main, after.main)
     torch.testing.assert_close(method._fused(after), 0.3 * after.masks + 0.7 * after.main)
@@ -198,3 +200,23 @@ def test_other_class_counts_and_odd_sizes():
     method = load_method("pcre").Method(tiny_config(), 7, 100)
     out = method(random_batch(2, side=80, num_classes=7), 50)
     assert torch.isfinite(out["loss"])
+
+
+class _Counted(TorchDispatchMode):
+    """How often an operation is asked for whose result has a size that depends on values: a GPU is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += str(func) in ("aten.nonzero.default", "aten.masked_select.default")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_tags_of_a_micro_batch_are_counted_once_and_once_by_image(size):
+    method, batch = tiny_method(), random_batch(size)
+    with _Counted() as counted:
+        method(batch, 90)
+    assert counted.waits == 1 + size, "the second where the label maps are refined, image by image"

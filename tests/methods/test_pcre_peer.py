@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from tests.methods.tiny import random_batch, tiny_method
 from wsss_dist.errors import UserError
+from wsss_dist.models.prototypes import PrototypeMemory
 from wsss_dist.peers import load_peer, operators
 from wsss_dist.peers.pcre import Peer
 
@@ -71,6 +73,26 @@ def test_operators_of_the_peer_are_ours():
         args = {"grid": (5, 6), "size": (40, 48), "radius": radius}
         masks = [m.max_upsampled_masks(logits, want, **args) for m in (operators, kernels)]
         torch.testing.assert_close(*masks, rtol=0, atol=1e-6)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_the_peer_takes_cosines_by_a_product_as_we_do():
+    patches, memory = torch.randn(2, 50, 16), PrototypeMemory(7, 16)
+    with _Largest() as largest:
+        got = operators.cosine_to_prototypes(patches, memory.prototypes)
+    torch.testing.assert_close(got, memory(patches), rtol=0, atol=1e-6)
+    assert largest.elements == patches.numel(), "broadcast to [B, N, C, D] it would be 7 times as many"
 
 
 def test_every_peer_is_that_of_a_method():

@@ -148,7 +148,7 @@ def test_each_refined_map_has_its_own_thresholds(monkeypatch):
     assert torch.equal(maps[1], stage.proto)  # never mixed
     assert not torch.equal(maps[0], maps[1]) and torch.equal(pairs, batch.labels.nonzero())
     assert torch.equal(images, batch.rgb()) and torch.equal(inside, cams.box_mask(batch.boxes, (64, 64)))
-    assert torch.equal(refined[0][0][2], results[0]) and torch.equal(targets[0][0][2], results[1])
+    assert torch.equal(refined[0][0][2], results[0]) and torch.equal(targets[0][0][3], results[1])
 
 
 @pytest.mark.parametrize("step", [5, 50])

@@ -5,6 +5,7 @@ import torch
 
 from tests.methods.tiny import backbone_config, random_batch, tiny_method
 from wsss_dist.benchmark.live import Live
+from wsss_dist.cam import present_pairs
 from wsss_dist.errors import UserError
 from wsss_dist.models import vit as vit_file
 from wsss_dist.models.features import FeatureConfig, FeatureExtractor
@@ -87,10 +88,10 @@ def test_the_cam_stage_is_that_of_one_scale_after_another(known, monkeypatch):
     method, batch = tiny_method(), random_batch()
     features = method.backbone(batch.images) if known else None
     scales = [1.0, 0.5, 1.5], [1.0, 1.25]
-    alone = method._stage(batch.images, batch.labels, *scales, 0.5, features, proto=True)
+    alone = method._stage(batch, present_pairs(batch.labels), *scales, 0.5, features, proto=True)
     backbone, calls = method.backbone, []
     monkeypatch.setattr(backbone, "forward", lambda views: calls.append(len(views)) or backbone.packed(views))
-    packed = method._stage(batch.images, batch.labels, *scales, 0.5, features, proto=True)
+    packed = method._stage(batch, present_pairs(batch.labels), *scales, 0.5, features, proto=True)
     assert calls == [4]
     for name in ("main", "aux", "proto", "masks"):
         torch.testing.assert_close(getattr(packed, name), getattr(alone, name), rtol=1e-4, atol=1e-5)

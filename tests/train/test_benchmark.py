@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 
@@ -19,7 +20,7 @@ from tests.methods.pcre_runs import values as pcre_values
 from tests.mistakes import status_of
 from tests.train.ranks import run_ranks
 from tests.train.work import benchmark, digest
-from wsss_dist.benchmark import contest, flops, synthetic
+from wsss_dist.benchmark import contest, figures, flops, show, synthetic
 from wsss_dist.benchmark.phases import (
     BACKBONE,
     BACKWARD,
@@ -40,6 +41,7 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.data.config import MapConfig
 from wsss_dist.errors import UserError
 from wsss_dist.peers import operators
+from wsss_dist.scaling.model import Work
 
 CPU = torch.device("cpu")
 
@@ -152,6 +154,7 @@ def test_a_convolution_takes_twice_as_much_backward(groups, transposed):
     ("name", "precision", "expected"),
     [
         ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA H200 NVL", "bf16", 835e12),
         ("NVIDIA H100 80GB HBM3", "fp32", 67e12),
         ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
@@ -159,7 +162,7 @@ def test_a_convolution_takes_twice_as_much_backward(groups, transposed):
 )
 def test_peaks_of_known_devices(name, precision, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    got = flops.peak(torch.device("cuda"), precision)
+    got = flops.peak(torch.device("cuda"), precision, convolutions=False)
     assert got["flops_per_s"] == expected and "data sheet" in got["source"]
 
 
@@ -167,14 +170,33 @@ def test_peaks_of_known_devices(name, precision, expected, monkeypatch):
 def test_the_peak_of_an_unknown_device_is_measured(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(flops, "_measured", lambda *_: 7.0)
-    got = flops.peak(torch.device("cuda"), "bf16")
+    got = flops.peak(torch.device("cuda"), "bf16", convolutions=False)
     assert got["flops_per_s"] == 7.0 and "measured" in got["source"]
 
 
 def test_tf32_counts_where_torch_uses_it(monkeypatch):
+    """The same for the share of the peak that is measured and for the hours that are modelled."""
+
+    def kinds() -> list[str]:
+        work = Work(flops=1e12, groups=((1,),), global_batch=1, micro_batch=1)
+        modelled = [dataclasses.replace(work, convolutions=c).arithmetic for c in (False, True)]
+        measured = [flops.peak(torch.device("cuda"), "fp32", convolutions=c)["kind"] for c in (False, True)]
+        assert measured == modelled
+        return measured
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert kinds() == ["fp32", "tf32"], "torch's defaults"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert flops.peak(torch.device("cuda"), "fp32")["kind"] == "tf32"
+    assert kinds() == ["tf32", "fp32"]
+    assert flops.peak(CPU, "fp32", convolutions=True)["kind"] == "fp32"
+
+
+def test_the_benchmark_knows_what_its_method_mostly_is():
+    config = small()
+    assert not contest.Contest(parse_config(config), contest.Options()).convolutions
+    config["method"] = {"name": "classifier", "backbone": {"name": "resnet18", "weights": None}}
+    assert contest.Contest(parse_config(config), contest.Options()).convolutions
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -232,6 +254,33 @@ def test_own_data_is_loaded_and_a_single_contestant_tells_its_peak(tmp_path):
     result = benchmark(values, steps=1, warmup=0, data=True)
     assert result["shape"]["classes"] == 3 and result["data"] == "own" and list(result["rows"]) == ["ours"]
     assert result["rows"]["ours"]["phases_s"][LOADER] > 0 and result["peak_mib"] >= 0
+
+
+def test_batches_that_were_loaded_before_the_first_step_are_not_timed():
+    values = small(data__num_workers=3, train__global_batch=4)  # 2 micro batches a step, 12 of them loaded ahead
+    cfg = parse_config(values)
+    assert contest._warmup(cfg, contest.Options(), 2) == 2
+    assert contest._warmup(cfg, contest.Options(data=True), 2) == 5
+    assert contest._warmup(cfg, contest.Options(data=True, warmup=7), 2) == 7
+    with pytest.raises(UserError, match="--warmup is 4, but 3 workers load 12 micro batches.*give --warmup 5"):
+        contest._warmup(cfg, contest.Options(data=True, warmup=4), 2)
+    assert contest._warmup(cfg, contest.Options(warmup=0), 2) == 0
+
+
+def test_a_step_takes_as_long_as_on_its_slowest_rank(monkeypatch):
+    monkeypatch.setattr(figures.dist, "all_gather_object", lambda own: [own, [2.0, 9.0, 4.0]])
+    player = contest.Contestant(None, plain=[6.0, 3.0, 5.0], watched=[3.0], phases=[{"backbone": 3.0}])
+    row = figures._row(player, images=4, num_micro=1)
+    assert (row["step_min_s"], row["step_median_s"], row["images_per_s"]) == (5.0, 6.0, 4 / 6)
+
+
+@pytest.mark.parametrize(("compiled", "said"), [(True, ", not compiled and in the plain layout,"), (False, "")])
+def test_the_memory_is_said_to_be_that_of_the_method_as_written(compiled, said):
+    config = small(train__compile=compiled)
+    config["method"] |= {"crme": None, "cpe": None, "cam": {"scales": [1.0]}, "seg_dilations": [1]}
+    done = contest.Contest(parse_config(config), contest.Options(warmup=0))
+    done.contestants["ours"] = contest.Contestant(None, 2**20, {"backbone": 1.0}, [1.0], [1.0], [{"backbone": 1.0}])
+    assert f"forward and backward{said} peak at 1 MiB" in "\n".join(show.lines(figures.figures(done, None)))
 
 
 @pytest.mark.gpu

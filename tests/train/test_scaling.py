@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.methods import pcre_runs
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 from wsss_dist import dist
-from wsss_dist.config import parse_config
+from wsss_dist.benchmark import synthetic
+from wsss_dist.benchmark.contest import random_weights
+from wsss_dist.benchmark.fake import Fake
+from wsss_dist.config import RunConfig, parse_config, read_config
 from wsss_dist.data.loader import PREFETCH
 from wsss_dist.errors import UserError
+from wsss_dist.methods import load_method
+from wsss_dist.models.pretrained import no_parts
+from wsss_dist.pipeline import Pipeline
 from wsss_dist.scaling import counted, loaders, rates, schedule
 from wsss_dist.scaling.__main__ import main
 from wsss_dist.scaling.machine import MACHINES, load_machine
 from wsss_dist.scaling.model import Work, call_seconds, step_parts, table
 from wsss_dist.scaling.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Call, sent, step_traffic, totals
 
+ROOT = Path(__file__).resolve().parents[2]
 SPLIT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 1}}}
 # name -> train section, elements below which ZeRO-3 keeps a parameter on every rank
 ENGINES = {"plain": ({"engine": "plain"}, 0)}
@@ -88,6 +98,19 @@ def test_formulas_by_hand():
     assert sent(Call(ALL_REDUCE, 400), 4) == 600 and sent(Call(ALL_GATHER, 400), 4) == 300
 
 
+def pcre_step(ranks: int) -> dict[str, int]:
+    """Bytes of a step of a small PCRE late in its run, of rank 0 of many that do not exist."""
+    values = pcre_runs.values(engine="plain", global_batch=4)
+    values["data"]["classes"] = ["cat", "dog", "cow"]
+    return bytes_of(counted.count_step(counted.engine_of_one(parse_config(values), ranks)))
+
+
+def test_the_tokens_of_the_prototypes_do_not_grow_with_the_batch(tmp_path):
+    [few], [many] = (run_ranks(1, tmp_path, pcre_step, ranks) for ranks in (10, 100))
+    assert few[ALL_REDUCE] == many[ALL_REDUCE]
+    assert (few[ALL_GATHER], many[ALL_GATHER]) == (10 * 2 * 3 * 4, 100 * 2 * 3 * 4), "the tags of 2 images a rank"
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 WORK = Work(flops=1e12, groups=((10_000_000,), (2_000_000,)), global_batch=64, micro_batch=2, zero_stage=1)
@@ -142,6 +165,22 @@ def test_a_fit_finds_the_line_it_was_given():
     seconds = {size: 2e-5 + size / 3e9 for size in rates.SIZES}
     bandwidth, hop = rates.fitted(seconds, 2)
     assert bandwidth == pytest.approx(3e9) and hop == pytest.approx(1e-5)
+
+
+def test_a_measured_machine_takes_the_measured_time(tmp_path):
+    """Ranks of one node, then of two, each with its own network: a ring of 600 MB/s, hops of 20 us."""
+    ranks, rate, hop = 4, 600e6, 2e-5
+    seconds = {size: 2 * 2 * hop + 2 * (ranks - 1) / ranks * size / rate for size in rates.SIZES}
+    bandwidth, hop = rates.fitted(seconds, ranks)
+    for nodes, gpus in ((1, 8), (2, 2)):
+        found = {"ranks": ranks, "nodes": nodes, "sha": 1e9, "disk": 1e9, "bandwidth": bandwidth, "hop": hop}
+        file = tmp_path / f"{nodes}.json"
+        file.write_text(json.dumps({"gpus": gpus, "hop_intra": hop, **rates.machine_keys(found)}))
+        machine = load_machine("A100", file)
+        for size in (2**14, 343_000_000):
+            want = 2 * 2 * hop + 2 * (ranks - 1) / ranks * size / rate
+            assert call_seconds(Call(ALL_REDUCE, size), ranks, machine) == pytest.approx(want)
+        assert (machine.inter if nodes == 1 else machine.intra) in (200e9, 300e9), "not measured"
 
 
 # ---- the simulation -------------------------------------------------------------------------------------------------
@@ -238,6 +277,36 @@ def test_operations_of_a_training_are_counted():
     assert sum(entry["groups"]) > embed + 2 * block + head and not entry["convolutions"]
 
 
+KNOWN = schedule.read_measured()
+
+
+def config_of(training: str) -> RunConfig:
+    """The config of a training of docs/scaling.json, or of the first that is the same."""
+    name, *overrides = next((k for k, same in KNOWN["same"].items() if same == training), training).split(" ")
+    file, _, stage = name.partition("/")
+    values = read_config(f"{file}.yaml", overrides)
+    return Pipeline(values).entries[stage].config if stage else parse_config(values)
+
+
+@pytest.mark.parametrize("training", KNOWN["trainings"])
+def test_the_file_of_what_was_counted_has_the_sizes_of_the_methods(training):
+    cfg, noted = config_of(training), KNOWN["trainings"][training]
+    classes = synthetic.num_classes(cfg.data)
+    with Fake(schedule.TAGS, cuda=False).entered(), no_parts():
+        method = load_method(cfg.method_name).Method(random_weights(cfg.method), classes, cfg.train.steps)
+        found = schedule.sizes(method)
+    assert found == {key: noted[key] for key in found}
+    memory = getattr(method, "memory", None)  # of PCRE: the tags of each image, and one sum of class tokens
+    tags, tokens = (0, 0) if memory is None else (4 * classes, 4 * memory.prototypes.numel())
+    assert (noted["gathered"], noted["reduced"]) == (tags, tokens)
+
+
+def test_the_text_has_the_sizes_of_the_file():
+    text, trained = (ROOT / "docs/scaling.md").read_text(), sum(KNOWN["trainings"]["coco_vit"]["groups"])
+    assert f"{trained:,} trained elements" in text and f"{4 * trained / 1e6:.1f} MB" in text
+    assert f"{KNOWN['trainings']['coco_vit']['flops'] / 1e12:.2f}e12 operations an image" in text
+
+
 def test_table_and_hours_are_printed(capsys, monkeypatch):
     def said(*words: str) -> str:
         monkeypatch.setattr("sys.argv", ["scaling", *words])
@@ -270,11 +339,37 @@ def test_mistakes(words, fault, monkeypatch):
         main()
 
 
+def test_the_hint_is_a_command_that_exists(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scaling", "table", "--configuration", "x"])
+    with pytest.raises(UserError, match="; `python -m wsss_dist.scaling table --help` lists"):
+        main()
+
+
+def test_convolutional_networks_are_assumed_to_reach_less(capsys, monkeypatch):
+    assert A100.flops_per_s("tf32", True) == 0.2 * 156e12 and A100.flops_per_s("bf16", False) == 0.4 * 312e12
+    assert load_machine("A100", mfu=0.3).flops_per_s("tf32", True) == pytest.approx(0.3 * 156e12)
+    hours = []
+    for given in ([], ["--mfu", "0.2"], ["--mfu", "0.4"]):
+        words = ["hours", "--config", "voc_aepsl.yaml", "--until", "steps_1", "--ranks", "2", *given]
+        monkeypatch.setattr("sys.argv", ["scaling", *words])
+        assert main() == 0
+        hours.append(capsys.readouterr().out.splitlines())
+    assert "MFU 0.4, of convolutional networks 0.2:" in hours[0][0]
+    assert hours[0][1:] == hours[1][1:] != hours[2][1:]
+
+
 def test_a_machine_of_your_own(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('{"peak": 1e11, "gpus": 2}')
     mine = load_machine("here", file, mfu=0.5)
-    assert mine.flops_per_s("bf16") == 5e10 and mine.gpus == 2
+    assert mine.flops_per_s("bf16", False) == 5e10 and mine.gpus == 2
+    file.write_text('{"name": "mybox", "intra": 1e9}')
+    with pytest.raises(UserError, match="mine.json calls the machine 'mybox', .*; add its 'peak'"):
+        load_machine("A100", file)
+    with pytest.raises(UserError, match="or --machine-file FILE"):
+        load_machine("mybox")
+    file.write_text('{"name": "A100 of ours", "intra": 1e9}')
+    assert load_machine("A100", file).flops_per_s("bf16", False) == 0.4 * 312e12
     file.write_text('{"speed": 1}')
     with pytest.raises(UserError, match="'speed' is no key"):
         load_machine("here", file)

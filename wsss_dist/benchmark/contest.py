@@ -1,7 +1,8 @@
 """Training steps of a config on this machine, timed in turn with those of a peer where one is asked for.
 
 Before the turns each contestant runs forward and backward once on the same weights and the same micro batch: that gives
-its memory and its operations, and shows whether the peer computes the same loss and the same gradient of the backbone.
+its memory and its operations, before the engine is there, so neither compiled nor in channels_last, and shows whether
+the peer computes the same loss and the same gradient of the backbone.
 Then both train the same weights on one engine, step about; every round has a step with the phases off, which gives the
 time, and one with the phases on.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from wsss_dist.benchmark.figures import OURS, PEER, figures, resident
 from wsss_dist.config import RunConfig, check_sizes, check_world
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.batch import Batch
+from wsss_dist.data.loader import PREFETCH
 from wsss_dist.engine import Engine, build_engine
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
@@ -45,7 +47,7 @@ class Options:
     """What is measured.
 
     steps   rounds, each with one step without and one with phases per contestant.
-    warmup  steps before, per contestant.
+    warmup  steps before, per contestant; None: 2, with `data` as many as its workers load before the first one.
     at      fraction of the run that the steps stand at: the schedules of the method decide what a step computes.
     peer    measure the peer of the method too.
     data    the config's own data and loader instead of synthetic batches.
@@ -53,7 +55,7 @@ class Options:
     """
 
     steps: int = 5
-    warmup: int = 2
+    warmup: int | None = None
     at: float = 0.9
     peer: bool = False
     data: bool = False
@@ -97,9 +99,10 @@ class Contest:
         check_world(cfg, dist.world_size())
         if options.peer:
             _check_peer(cfg, options)
-        self.cfg, self.options, self.device = cfg, options, dist.device()
+        self.cfg, self.device = cfg, dist.device()
         self.index = min(int(options.at * cfg.train.steps), cfg.train.steps - 1)
         self.num_micro = cfg.train.global_batch // (cfg.train.micro_batch * dist.world_size())
+        self.options = replace(options, warmup=_warmup(cfg, options, self.num_micro))
         self.dataset = build_dataset(cfg.data, cfg.data.train_split) if options.data else None
         if self.dataset is None:
             self.classes = synthetic.num_classes(cfg.data)
@@ -110,6 +113,7 @@ class Contest:
         with no_parts():  # of networks that an earlier stage would have trained
             method = load_method(cfg.method_name).Method(section, self.classes, cfg.train.steps)
         check_sizes(cfg, getattr(method, "patch_size", 1))
+        self.convolutions = flops.mostly_convolutions(method)  # asked now: under ZeRO 3 the weights are elsewhere later
         self.method: BaseMethod = method.to(self.device).train()
         self.contestants = {OURS: Contestant(None)}
         if options.peer:
@@ -259,6 +263,24 @@ class Contest:
             player.watched.append(seconds(step, self.device)[self.options.clock])
             player.phases.append(recorder.totals())
             watch.recorder = None
+
+
+def _warmup(cfg: RunConfig, options: Options, num_micro: int) -> int:
+    """Steps before the timed ones: those whose batches were there before the first step say nothing of the loader.
+
+    Raises:
+        UserError: too few were asked for.
+    """
+    ahead = PREFETCH * cfg.data.num_workers if options.data else 0  # micro batches
+    least = max(0, -(-ahead // num_micro) - 1)  # the first pass takes those of a step too
+    if options.warmup is None:
+        return max(2, least)
+    if options.warmup < least:
+        raise UserError(
+            f"command line: --warmup is {options.warmup}, but {cfg.data.num_workers} workers load {ahead} micro "
+            f"batches before the first step, which takes {num_micro}; give --warmup {least} or more, or leave it out"
+        )
+    return options.warmup
 
 
 def _check_peer(cfg: RunConfig, options: Options) -> None:

@@ -25,7 +25,7 @@ def figures(contest: Contest, agreement: dict[str, float] | None) -> dict[str, A
     agreement: how far the peer was off; None without one.
     """
     cfg, train = contest.cfg, contest.cfg.train
-    peak = flops.peak(contest.device, train.precision)
+    peak = flops.peak(contest.device, train.precision, contest.convolutions)
     rows = {name: _row(player, train.global_batch, contest.num_micro) for name, player in contest.contestants.items()}
     for row in rows.values():  # of the work that the step needs, which our implementation of it shows
         row["mfu"] = rows[OURS]["flops_per_step"] / row["step_median_s"] / peak["flops_per_s"]
@@ -44,6 +44,7 @@ def figures(contest: Contest, agreement: dict[str, float] | None) -> dict[str, A
             "precision": train.precision,
             "engine": train.engine,
             "zero_stage": train.zero_stage,
+            "as_written": not (train.compile or train.channels_last),
         },
         "data": "own" if contest.options.data else "synthetic",
         "step": contest.index,
@@ -65,18 +66,21 @@ def figures(contest: Contest, agreement: dict[str, float] | None) -> dict[str, A
 
 
 def _row(player: Contestant, images: int, num_micro: int) -> dict[str, Any]:
-    """Figures of one contestant; times of the slowest rank, phases of the watched step in the middle."""
-    medians = dist.all_gather_object(statistics.median(player.plain))
+    """Figures of one contestant. A step takes as long as on its slowest rank; all else is rank 0's.
+
+    Phases are those of the watched step in the middle.
+    """
+    steps = [max(times) for times in zip(*dist.all_gather_object(player.plain), strict=True)]
     order = sorted(range(len(player.watched)), key=player.watched.__getitem__)
     middle = order[(len(order) - 1) // 2]
     parts = {name: s for name, s in player.phases[middle].items() if s > 0}
     work = {name: num_micro * n for name, n in player.flops.items() if n > 0}
-    median = max(medians)
+    median = statistics.median(steps)
     return {
         "images_per_s": images / median,
         "step_median_s": median,
-        "step_min_s": min(player.plain),
-        "runs": len(player.plain),
+        "step_min_s": min(steps),
+        "runs": len(steps),
         "flops_per_step": sum(work.values()),
         "flops": work,
         "phases_s": parts,

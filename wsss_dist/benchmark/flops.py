@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from kernels.measure import clock, seconds
@@ -20,6 +21,7 @@ from kernels.measure import clock, seconds
 # dense, without sparsity, in 1e12 operations per second, from the data sheets; bf16 and tf32 on tensor cores.
 # The first entry whose words are all in the name of the device counts.
 PEAKS = {
+    "H200 NVL": {"bf16": 835, "tf32": 417, "fp32": 60},
     "H200": {"bf16": 989, "tf32": 494, "fp32": 67},
     "H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
     "H100 NVL": {"bf16": 835, "tf32": 417, "fp32": 60},
@@ -32,39 +34,59 @@ PEAKS = {
 REPEATS, SIDES = 7, {"cpu": 1536, "cuda": 8192}
 
 
-def peak(device: torch.device, precision: str) -> dict[str, Any]:
+def arithmetic(precision: str, convolutions: bool) -> str:
+    """What a training on a GPU is computed in, "fp32", "tf32" or "bf16".
+
+    Args:
+        precision: `train.precision`. Of fp32 torch makes tf32 where it may: in convolutions, unless told not to, in
+            matrix products only when told to.
+        convolutions: is the most of it convolutions?
+    """
+    if precision != "fp32":
+        return precision
+    allowed = torch.backends.cudnn.allow_tf32 if convolutions else torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "fp32"
+
+
+def mostly_convolutions(method: nn.Module) -> bool:
+    """Are more than half of a method's weights those of convolutions?"""
+    inside = sum(p.numel() for m in method.modules() if isinstance(m, nn.Conv2d) for p in m.parameters())
+    return inside > sum(p.numel() for p in method.parameters()) / 2
+
+
+def peak(device: torch.device, precision: str, convolutions: bool) -> dict[str, Any]:
     """The rate of a device: {"flops_per_s", "kind" of the arithmetic, "source"}.
 
     From `PEAKS` where the device is in it, else the best of some products of square matrices.
 
     Args:
         device: where the training runs.
-        precision: `train.precision`; fp32 is tf32 where torch is set to use it.
+        precision, convolutions: see `arithmetic`.
     """
-    kind = precision
-    if precision == "fp32" and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        kind = "tf32"
+    kind = arithmetic(precision, convolutions) if device.type == "cuda" else precision
     words = re.split(r"[\s-]", torch.cuda.get_device_name(device)) if device.type == "cuda" else []
     for known, rates in PEAKS.items():
         if "MIG" not in words and all(word in words for word in known.split()):
             return {"flops_per_s": 1e12 * rates[kind], "kind": kind, "source": f"data sheet of {known}"}
     source = f"measured, products of {_side(device)}"
-    return {"flops_per_s": _measured(device, precision), "kind": kind, "source": source}
+    return {"flops_per_s": _measured(device, kind), "kind": kind, "source": source}
 
 
 def _side(device: torch.device) -> int:
     return SIDES.get(device.type, SIDES["cpu"])
 
 
-def _measured(device: torch.device, precision: str) -> float:
+def _measured(device: torch.device, kind: str) -> float:
     """Operations per second of a product of square matrices, the best of a few."""
-    side = _side(device)
-    a, b = (torch.rand(side, side, device=device).to(getattr(torch, _DTYPES[precision])) for _ in range(2))
-    torch.mm(a, b)
-    return 2 * side**3 / min(seconds(lambda: torch.mm(a, b), device)[clock(device)] for _ in range(REPEATS))
-
-
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+    side, before = _side(device), torch.get_float32_matmul_precision()
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else before)
+    try:
+        torch.mm(a, b)
+        return 2 * side**3 / min(seconds(lambda: torch.mm(a, b), device)[clock(device)] for _ in range(REPEATS))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _conv_backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:

@@ -23,12 +23,14 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         f"{machine['device']}, {_count(machine['threads'], 'thread')}, torch {machine['torch']}, {result['clock']} "
         f"time; peak {_rate(peak['flops_per_s'])} in {peak['kind']} ({peak['source']})"
     )
+    # memory and operations are those of a pass before the engine is built, which compiles and lays out
+    passes = "forward and backward" + ("" if shape["as_written"] else ", not compiled and in the plain layout,")
     for name, row in result["rows"].items():
         yield (
             f"{name}: {row['images_per_s']:.3g} images/s; step median {_time(row['step_median_s'])}, min "
             f"{_time(row['step_min_s'])} of {row['runs']}; MFU {100 * row['mfu']:.1f} %; "
             f"{row['flops_per_step'] / 1e12:.3g} TFLOP a step and rank"
-            + ("" if row["memory_mib"] is None else f"; forward and backward peak at {row['memory_mib']:.0f} MiB")
+            + ("" if row["memory_mib"] is None else f"; {passes} peak at {row['memory_mib']:.0f} MiB")
         )
         yield from _table(row)
     if "peak_mib" in result:

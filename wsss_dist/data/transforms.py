@@ -39,16 +39,18 @@ def sample_generator(seed: int, step: int, position: int) -> np.random.Generator
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [..., 3, H, W] RGB to float32, minus the ImageNet mean, over the standard deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return images.float().div(255.0).sub(mean).div(std)
+    images = images.float().div(255.0)
+    return images.sub(_channels(MEAN, images)).div(_channels(STD, images))
 
 
 def denormalise(images: Tensor) -> Tensor:
     """The inverse of `normalise`: float32 [..., 3, H, W] to RGB in [0, 255], float32, not rounded."""
-    mean = torch.tensor(MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    return images.mul(std).add(mean).mul(255.0)
+    return images.mul(_channels(STD, images)).add(_channels(MEAN, images)).mul(255.0)
+
+
+def _channels(values: tuple[float, float, float], images: Tensor) -> Tensor:
+    """[3, 1, 1], a number a channel. `torch.tensor(..., device=)` would wait until a GPU has done all it was given."""
+    return torch.tensor(values, dtype=images.dtype).view(3, 1, 1).to(images.device, non_blocking=True)
 
 
 def clear_padding(images: Tensor, boxes: list[tuple[int, int, int, int]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt, field_validator
@@ -25,7 +25,7 @@ from wsss_dist.data.batch import Batch
 from wsss_dist.losses import balanced_segmentation_loss, mask_bce, tag_loss
 from wsss_dist.methods.base import BaseMethod, Prediction, Views
 from wsss_dist.models.decoders import ParallelDilatedHead, QueryDecoder, QueryDecoderConfig
-from wsss_dist.models.prototypes import PrototypeMemory
+from wsss_dist.models.prototypes import PrototypeMemory, shares_of, summed
 from wsss_dist.models.vit import BackboneConfig, Features, ViT
 from wsss_dist.schema import StrictModel
 
@@ -161,10 +161,11 @@ class Method(BaseMethod):
         refine = gated and self.crme is not None and w.refine > 0
         dense = gated and (w.seg > 0 or w.reg > 0)
         contrast = progress >= w.contrast_from and (w.ptc > 0 or (self.memory is not None and w.cpe > 0))
+        pairs = cams.present_pairs(batch.labels)  # once, at the start: for their number the host waits for a GPU
         features = self.backbone(batch.images)
         y_grid = y_seg = y_pro = None
         if contrast or refine or dense:
-            stage = self._stage(batch.images, batch.labels, self.cfg.cam.scales, (), progress, features, proto=refine)
+            stage = self._stage(batch, pairs, self.cfg.cam.scales, (), progress, features, proto=refine)
             y_grid = self._grid_labels(stage, batch)
             if refine or dense:
                 y_seg, y_pro = self._pseudo_labels(stage, batch)
@@ -182,24 +183,29 @@ class Method(BaseMethod):
             if progress >= self.cfg.cpe.start:
                 self._pending.append((step, features.class_tokens.detach().float(), batch.labels))
         extra = {}
-        conf = self.crme is not None and progress >= w.conf_from and w.conf > 0
-        if conf or refine:
-            parts |= self._crme_losses(batch, features, y_pro if refine else None, progress, extra, conf)
+        if refine or (self.crme is not None and progress >= w.conf_from and w.conf > 0):
+            parts |= self._crme_losses(batch, pairs, features, y_pro if refine else None, progress, extra)
         if dense:
             parts |= self._segmentation_losses(batch, fmap, y_seg)
         loss = sum(parts.values())
         return {"loss": loss} | {f"loss_{k}": v.detach() for k, v in parts.items()} | extra
 
     def after_step(self, step: int) -> None:
-        """Move the prototypes with the class tokens of the whole global batch, in its order (Eq. 12)."""
+        """Move the prototypes with the class tokens of the whole global batch, in its order (Eq. 12).
+
+        The order is in the shares, for which tags are enough: the tokens are summed before they travel.
+        """
         pending = [p[1:] for p in self._pending if p[0] == step]  # not those of a step that was skipped
         self._pending.clear()
         if not pending:
             return
-        tokens, labels = (dist.all_gather(torch.stack(x)) for x in zip(*pending, strict=True))
-        # [ranks, micro batches, B, ...] -> the global batch is dealt out chunk by chunk: micro batch major, then rank
-        tokens, labels = (x.transpose(0, 1).flatten(0, 2) for x in (tokens, labels))
-        self.memory.update(tokens, labels, self.cfg.cpe.momentum, self.cfg.cpe.normalize_token)
+        tokens, labels = (torch.stack(x) for x in zip(*pending, strict=True))  # [micro batches, B, ...]
+        # the global batch is dealt out chunk by chunk: micro batch major, then rank
+        every = dist.all_gather(labels).transpose(0, 1)
+        shares, kept = shares_of(every.flatten(0, 2), self.cfg.cpe.momentum)
+        mine = shares.view(every.shape)[:, dist.rank()]
+        own = summed(tokens.flatten(0, 1), mine.flatten(0, 1), self.cfg.cpe.normalize_token)
+        self.memory.move(kept, dist.all_reduce_sum(own))
 
     def radius(self, progress: float) -> float | None:
         """Radius of the disc at a fraction of the run; None where there is no disc."""
@@ -209,20 +215,20 @@ class Method(BaseMethod):
         return cams.radius_at(progress, r.start, r.end, r.begin, r.finish)
 
     def _crme_losses(
-        self, batch: Batch, features: Features, y_pro: Tensor | None, progress: float, extra: dict, conf: bool = True
+        self, batch: Batch, pairs: Tensor, features: Features, y_pro: Tensor | None, progress: float, extra: dict
     ) -> dict[str, Tensor]:
-        """L_conf where `conf`; L_refine where there are pseudo labels. The selection of regions carries no gradient."""
+        """L_conf from its start on; L_refine where there are pseudo labels. The selection carries no gradient."""
         w = self.cfg.loss
         mask_logits, scores = self.crme(batch.images, features.patches, features.grid)
         parts = {}
-        if conf:
+        if progress >= w.conf_from and w.conf > 0:
             confidence = scores.sum(1).clamp(0, 1)  # [B, C]
             parts["conf"] = w.conf * mask_bce(confidence, batch.labels).mean()
         if y_pro is None:
             # keeps the mask head in the graph: every step then has the same parameters in it
             return parts | {"refine": mask_logits.float().sum() * 0.0}
         radius = self.radius(progress)
-        chosen = self._select(mask_logits, scores, batch.labels, features.grid, radius)
+        chosen = self._select(mask_logits, scores, batch.labels, pairs=pairs, grid=features.grid, radius=radius)
         size = batch.images.shape[-2:]
         masks = kernels.max_upsampled_masks(mask_logits, chosen, grid=features.grid, size=size, radius=radius)
         image, label = chosen.pairs.unbind(1)
@@ -232,9 +238,8 @@ class Method(BaseMethod):
             bce = bce * (target != cams.IGNORE)
         inside = (masks > 0).float()
         extra["refine_inside"] = (bce.detach() * inside).sum() / inside.sum().clamp(min=1)
-        extra["radius"] = mask_logits.new_tensor(-1.0 if radius is None else radius)
-        pairs = max(len(masks), 1)
-        parts["refine"] = w.refine * bce.flatten(1).mean(1).sum() / pairs + mask_logits.float().sum() * 0.0
+        extra["radius"] = mask_logits.new_full((), -1.0 if radius is None else radius)
+        parts["refine"] = w.refine * bce.flatten(1).mean(1).sum() / max(len(masks), 1) + mask_logits.float().sum() * 0.0
         return parts
 
     def _segmentation_losses(self, batch: Batch, fmap: Tensor, y_seg: Tensor) -> dict[str, Tensor]:
@@ -259,8 +264,8 @@ class Method(BaseMethod):
     @torch.no_grad()
     def _stage(
         self,
-        images: Tensor,
-        labels: Tensor,
+        batch: Batch,
+        pairs: Tensor,
         cam_scales: Sequence[float],
         seg_scales: Sequence[float],
         progress: float,
@@ -269,9 +274,9 @@ class Method(BaseMethod):
     ) -> Stage:
         """Run every scale with its mirror image; see `Stage`.
 
-        known: features of `images` as they are, where the caller has them; proto: make the prototype maps too.
+        known: features of the images as they are, where the caller has them; proto: make the prototype maps too.
         """
-        size, pairs = images.shape[-2:], cams.present_pairs(labels)
+        images, size = batch.images, batch.images.shape[-2:]
         want_masks = self.crme is not None and progress >= self.cfg.cam.mix_from
         sums: dict[str, Tensor] = {}
         logits, single = {}, None
@@ -294,7 +299,7 @@ class Method(BaseMethod):
                 maps["proto"] = features.as_map(self.memory(features.patches))
             maps = {k: cams.merge_mirror(v, pairs, size).relu() for k, v in maps.items()}
             if want_masks:
-                maps["masks"] = self._crme_masks(x, features, labels, size)
+                maps["masks"] = self._crme_masks(x, features, batch, pairs)
             sums = {k: sums[k] + v if k in sums else v for k, v in maps.items()}
         maps = {k: cams.minmax(v) for k, v in sums.items()}
         return Stage(
@@ -312,30 +317,22 @@ class Method(BaseMethod):
         found = self.backbone([x.chunk(2)[1] if i == at else x for i, x in enumerate(views)])
         return found if at is None else [known.followed_by(f) if i == at else f for i, f in enumerate(found)]
 
-    def _crme_masks(self, x: Tensor, features: Features, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    def _crme_masks(self, x: Tensor, features: Features, batch: Batch, pairs: Tensor) -> Tensor:
         """Masks [P, H, W] of a batch and its mirror images x [2B, 3, ., .], without disc."""
         mask_logits, scores = self.crme(x, features.patches, features.grid)
-        chosen = self._select(mask_logits, scores, labels.repeat(2, 1), features.grid, None)
+        both = torch.cat([pairs, torch.stack([pairs[:, 0] + len(batch), pairs[:, 1]], dim=1)])
+        where = {"pairs": both, "grid": features.grid, "radius": None}
+        chosen = self._select(mask_logits, scores, batch.labels.repeat(2, 1), **where)
         masks = kernels.max_upsampled_masks(mask_logits, chosen, grid=features.grid, size=tuple(x.shape[-2:]))
         half = len(chosen.pairs) // 2
         plain, mirrored = masks[:half], masks[half:].flip(-1)
-        return cams.upsample(torch.maximum(plain, mirrored)[:, None], size)[:, 0]
+        return cams.upsample(torch.maximum(plain, mirrored)[:, None], batch.images.shape[-2:])[:, 0]
 
-    def _select(
-        self, mask_logits: Tensor, scores: Tensor, labels: Tensor, grid: tuple[int, int], radius: float | None
-    ) -> kernels.RegionSelection:
+    def _select(self, mask_logits: Tensor, scores: Tensor, labels: Tensor, **where: Any) -> kernels.RegionSelection:
+        """`where`: pairs, grid and radius."""
         c = self.cfg.crme
-        return kernels.select_regions(
-            mask_logits.detach(),
-            scores.detach(),
-            labels,
-            grid=grid,
-            radius=radius,
-            tau=c.tau,
-            overlap=c.overlap,
-            max_seeds=c.max_seeds,
-            top=c.top,
-        )
+        settings = {"tau": c.tau, "overlap": c.overlap, "max_seeds": c.max_seeds, "top": c.top}
+        return kernels.select_regions(mask_logits.detach(), scores.detach(), labels, **where, **settings)
 
     def _fused(self, stage: Stage) -> Tensor:
         """Main CAM [P, H, W], mixed with the CRME masks where there are any."""
@@ -384,7 +381,7 @@ class Method(BaseMethod):
     @torch.no_grad()
     def predict(self, batch: Batch, views: Views) -> Prediction:
         progress = 1.0 if views.step is None else views.step / self.train_steps
-        stage = self._stage(batch.images, batch.labels, views.cam_scales, views.seg_scales, progress)
+        stage = self._stage(batch, cams.present_pairs(batch.labels), views.cam_scales, views.seg_scales, progress)
         shown = {}
         if views.extras:
             shown["pseudo"] = self._pseudo_labels(stage, batch)[0]

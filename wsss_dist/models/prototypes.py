@@ -41,9 +41,32 @@ class PrototypeMemory(nn.Module):
             momentum: share of the old value that each image leaves.
             normalize_token: scale the tokens to unit length first.
         """
-        if normalize_token:
-            tokens = F.normalize(tokens, dim=-1)
-        for image, present in zip(tokens.float(), labels.bool(), strict=True):
-            moved = momentum * self.prototypes + (1 - momentum) * image
-            self.prototypes.copy_(torch.where(present[:, None], moved, self.prototypes))
-        self.prototypes.copy_(F.normalize(self.prototypes, dim=-1))
+        shares, kept = shares_of(labels, momentum)
+        self.move(kept, summed(tokens, shares, normalize_token))
+
+    @torch.no_grad()
+    def move(self, kept: Tensor, moved: Tensor) -> None:
+        """To what is `kept` [C] of each prototype plus the weighted sum of the tokens, `moved` [C, D], normalised."""
+        self.prototypes.copy_(F.normalize(kept[:, None] * self.prototypes + moved, dim=-1))
+
+
+def shares_of(labels: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """What r <- m r + (1 - m) z for each tag of each image, one after the other, makes of r and of each z (Eq. 12).
+
+    Args:
+        labels: tags [G, C] of the global batch, in its order.
+        momentum: m.
+    Returns:
+        the share [G, C] of each token, (1 - m) m^(later images with that tag), and that of the old prototypes [C].
+    """
+    present = labels.bool().to(torch.promote_types(labels.dtype, torch.float32))
+    count = present.sum(0)
+    return (1 - momentum) * present * momentum ** (count - present.cumsum(0)), momentum**count
+
+
+def summed(tokens: Tensor, shares: Tensor, normalize_token: bool) -> Tensor:
+    """Sum [C, D] of class tokens [G, C, D], scaled to unit length first where asked, with their shares [G, C]."""
+    tokens = tokens.to(shares)
+    if normalize_token:
+        tokens = F.normalize(tokens, dim=-1)
+    return torch.einsum("gc,gcd->cd", shares, tokens)

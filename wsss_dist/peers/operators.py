@@ -58,8 +58,8 @@ def backbone(vit: ViT, images: Tensor) -> Features:
 
 
 def cosine_to_prototypes(patches: Tensor, prototypes: Tensor) -> Tensor:
-    """|cos| of patches [B, N, D] with prototypes [C, D], [B, N, C], by broadcasting to [N, C, D] image by image."""
-    return torch.stack([F.cosine_similarity(p[:, None].float(), prototypes[None], dim=-1) for p in patches]).abs()
+    """|cos| of patches [B, N, D] with prototypes [C, D], [B, N, C]."""
+    return (F.normalize(patches.float(), dim=-1) @ F.normalize(prototypes, dim=-1).T).abs()
 
 
 def patch_token_contrast(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def _contrast(similarity: Tensor, relation: Tensor) -> Tensor:
 
 
 def par(image: Tensor, maps: Tensor, *, dilations: tuple[int, ...], iterations: int) -> Tensor:
-    """PAR of maps [B, k, h, w] along image [B, 3, h, w]; the neighbours of every pixel are unfolded in every sweep."""
-    around = _unfolded(image, dilations)  # [B, 3, n, h, w]
+    """PAR of maps [B, k, h, w] along image [B, 3, h, w]; the neighbours of every pixel are copied in every sweep."""
+    around = _neighbours(image, dilations)  # [B, 3, n, h, w]
     sigma = around.std(dim=2, keepdim=True)
     colour = -(((around - image.unsqueeze(2)).abs() / (sigma + 1e-8) / 0.3) ** 2).mean(dim=1, keepdim=True)
     steps = (math.sqrt(2), 1, math.sqrt(2), 1, 1, math.sqrt(2), 1, math.sqrt(2))
@@ -106,17 +106,19 @@ def par(image: Tensor, maps: Tensor, *, dilations: tuple[int, ...], iterations: 
     place = -((length / (length.std() + 1e-8) / 0.3) ** 2)
     weights = colour.softmax(dim=2) + 0.01 * place.softmax(dim=2)
     for _ in range(iterations):
-        maps = (_unfolded(maps, dilations) * weights).sum(dim=2)
+        maps = (_neighbours(maps, dilations) * weights).sum(dim=2)
     return maps
 
 
-def _unfolded(x: Tensor, dilations: tuple[int, ...]) -> Tensor:
-    """[B, C, h, w] -> the 8 neighbours at each dilation, [B, C, n, h, w], edges repeated."""
+def _neighbours(x: Tensor, dilations: tuple[int, ...]) -> Tensor:
+    """[B, C, h, w] -> the 8 neighbours at each dilation, [B, C, n, h, w], edges repeated: a convolution with ones."""
     b, c, h, w = x.shape
+    taps = torch.eye(9, device=x.device, dtype=x.dtype).view(9, 1, 3, 3)[[0, 1, 2, 3, 5, 6, 7, 8]]
     found = []
-    for d in dilations:
-        taps = F.unfold(F.pad(x, (d, d, d, d), mode="replicate"), 3, dilation=d).view(b, c, 9, h, w)
-        found += [taps[:, :, :4], taps[:, :, 5:]]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which would round what is only copied
+        for d in dilations:
+            padded = F.pad(x, (d, d, d, d), mode="replicate").view(b * c, 1, h + 2 * d, w + 2 * d)
+            found.append(F.conv2d(padded, taps, dilation=d).view(b, c, 8, h, w))
     return torch.cat(found, dim=2)
 
 

@@ -151,7 +151,7 @@ class Peer:
             x = F.interpolate(batch.images, side, mode="bilinear", align_corners=False)
             x = torch.cat([x, x.flip(-1)])
             features = operators.backbone(method.backbone, x)
-            cosine = operators.cosine_to_prototypes(features.patches, F.normalize(method.memory.prototypes, dim=-1))
+            cosine = operators.cosine_to_prototypes(features.patches, method.memory.prototypes)
             maps = [
                 method.classifier(features.as_map(features.patches)),
                 method.aux_classifier(features.as_map(features.aux)),

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,11 +24,18 @@ RANKS = (1, 8, 64, 512)
 _PARTS = ("compute", "optimiser", "collectives", "loader", "step")
 
 
+class _Parser(Parser):
+    """One of a module, which is not started as a script of launch/."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; `{self.prog} --help` lists what is expected")
+
+
 def main() -> int:
-    parser = Parser(
+    parser = _Parser(
         prog="python -m wsss_dist.scaling", description=about, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     make = {name: commands.add_parser(name, help=text) for name, text in _COMMANDS.items()}
     for name in ("table", "hours", "count", "flops"):
         make[name].add_argument("--config", required=True, help="a YAML file, looked up as given and in configs/")
@@ -37,7 +44,7 @@ def main() -> int:
     for name in ("table", "hours", "loaders"):
         make[name].add_argument("--machine", default="A100", help=f"{', '.join(MACHINES)} (default A100)")
         make[name].add_argument("--machine-file", type=Path, metavar="FILE.json", help="keys of machine.py")
-        make[name].add_argument("--mfu", type=float, help="share of the peak that is reached")
+        make[name].add_argument("--mfu", type=float, help="share of the peak; default: by kind of network")
         make[name].add_argument("--workers", type=int, help="loader workers of a rank")
         make[name].add_argument("--images-per-worker", type=float, help="samples a second of a worker")
     make["table"].add_argument("--ranks", type=int, nargs="+", default=RANKS)
@@ -101,7 +108,7 @@ def _table(args: argparse.Namespace) -> int:
 
     name, cfg = _config(args)
     machine = _machine(args)
-    print(f"{name} on {machine.name}, MFU {machine.mfu:g}: a model, nothing here is measured; ms a step")
+    print(f"{name} on {machine.name}, {machine.assumed}: a model, nothing here is measured; ms a step")
     for zero in range(4):
         for precision in ("fp32", "bf16"):
             for weak in (False, True):
@@ -131,7 +138,7 @@ def _hours(args: argparse.Namespace) -> int:
 
     machine = _machine(args)
     parts = schedule(args.config, args.set, machine, args.ranks, until=args.until)
-    print(f"{args.config} on {args.ranks} x {machine.name}, MFU {machine.mfu:g}: a model, nothing here is measured")
+    print(f"{args.config} on {args.ranks} x {machine.name}, {machine.assumed}: a model, nothing here is measured")
     for part in parts:
         print(f"{part.name:32} {part.kind:16} {part.count:>8} {part.seconds / 3600:8.2f} h")
     crf = sum(p.seconds for p in parts if p.kind == "CRF") / 3600
@@ -207,7 +214,7 @@ def _flops(args: argparse.Namespace) -> int:
     name, cfg = _config(args)
     path = args.json or MEASURED
     known = json.loads(path.read_text())["trainings"].get(name, {}) if path.exists() else {}
-    by_hand = {key: known[key] for key in ("view", "gathered", "predict") if key in known}
+    by_hand = {key: known[key] for key in ("view", "gathered", "reduced", "predict") if key in known}
     _note(path, "trainings", {name: {**count_training(cfg, args.points), **by_hand}})
     return 0
 
@@ -231,7 +238,7 @@ def _samples(args: argparse.Namespace) -> int:
 
 def _rates(args: argparse.Namespace) -> int:
     from wsss_dist import dist
-    from wsss_dist.scaling.rates import measured
+    from wsss_dist.scaling.rates import machine_keys, measured
 
     dist.init()
     found = measured(args.folder)
@@ -239,8 +246,7 @@ def _rates(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         if args.json:
             old = json.loads(args.json.read_text()) if args.json.exists() else {}
-            machine = {k: v for k, v in found.items() if k in ("intra", "hop_intra", "sha", "disk")}
-            args.json.write_text(json.dumps({**old, **machine}, indent=1) + "\n")
+            args.json.write_text(json.dumps({**old, **machine_keys(found)}, indent=1) + "\n")
     return 0
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from wsss_dist.benchmark.flops import arithmetic
 from wsss_dist.scaling.machine import Machine
 from wsss_dist.scaling.traffic import ALL_GATHER, ALL_REDUCE, EXCHANGE, REDUCE_SCATTER, Call, sent, step_traffic
 
@@ -26,6 +27,7 @@ class Work:
     flops         of an image, forward and backward.
     groups        elements of the parameters with a gradient, by group of the optimiser.
     gathered      bytes that the method itself gathers of each image of the global batch, each step.
+    reduced       bytes that the method itself all-reduces, each step.
     global_batch, micro_batch  in images.
     convolutions  is the most of it convolutions?
     """
@@ -35,6 +37,7 @@ class Work:
     global_batch: int
     micro_batch: int
     gathered: int = 0
+    reduced: int = 0
     scalars: int = 12
     engine: str = "deepspeed"
     zero_stage: int = 1
@@ -43,8 +46,8 @@ class Work:
 
     @property
     def arithmetic(self) -> str:
-        """What fp32 is computed in: torch lets convolutions use tf32, but not matrix products."""
-        return "tf32" if self.precision == "fp32" and self.convolutions else self.precision
+        """What it is computed in, as the benchmark says too."""
+        return arithmetic(self.precision, self.convolutions)
 
     @property
     def trained(self) -> int:
@@ -90,6 +93,8 @@ def calls_of(work: Work, ranks: int) -> list[Call]:
         calls.append(Call(ALL_REDUCE, EXCHANGE))
         if work.gathered:
             calls.append(Call(ALL_GATHER, work.gathered * work.global_batch))
+        if work.reduced:
+            calls.append(Call(ALL_REDUCE, work.reduced))
     return calls
 
 
@@ -105,7 +110,7 @@ def step_parts(work: Work, machine: Machine, ranks: int) -> dict[str, float]:
     images = micro * work.micro_batch
     shards = ranks if work.engine == "deepspeed" and work.zero_stage else 1
     parts = {
-        "compute": images * work.flops / machine.flops_per_s(work.arithmetic),
+        "compute": images * work.flops / machine.flops_per_s(work.arithmetic, work.convolutions),
         "optimiser": _ADAM_BYTES * work.trained / shards / machine.memory,
         "collectives": sum(call_seconds(call, ranks, machine) for call in calls_of(work, ranks)),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import statistics
 import tempfile
 import time
@@ -78,11 +79,23 @@ def file_rates(folder: Path) -> dict[str, float]:
 
 def measured(folder: Path) -> dict[str, Any]:
     """All of it; a collective call."""
-    ranks = dist.world_size()
-    out: dict[str, Any] = {"ranks": ranks, **dist.on_main(lambda: file_rates(folder))}
+    ranks, nodes = dist.world_size(), len(set(dist.all_gather_object(socket.gethostname())))
+    out: dict[str, Any] = {"ranks": ranks, "nodes": nodes, **dist.on_main(lambda: file_rates(folder))}
     if ranks > 1:
         times = all_reduce_seconds()
-        out["intra"], out["hop_intra"] = fitted(times, ranks)
+        out["bandwidth"], out["hop"] = fitted(times, ranks)
         out["store_adds_per_s"] = store_adds()
         out["all_reduce_s"] = {str(size): value for size, value in times.items()}
     return out
+
+
+def machine_keys(found: dict[str, Any]) -> dict[str, Any]:
+    """What of it a machine file holds: the bandwidth inside a node, or of ranks on several that between them.
+
+    `reached` is 1: measured is what is had. Between nodes `hop_inter` is the mean hop, those inside a node among them.
+    """
+    keys = {key: found[key] for key in ("sha", "disk")}
+    if "bandwidth" in found:
+        where = "intra" if found["nodes"] == 1 else "inter"
+        keys |= {where: found["bandwidth"], f"hop_{where}": found["hop"], "reached": 1}
+    return keys

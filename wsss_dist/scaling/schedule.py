@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from wsss_dist.benchmark import flops, synthetic
 from wsss_dist.benchmark.contest import random_weights
 from wsss_dist.benchmark.fake import Fake, backward, fake_batch
 from wsss_dist.config import RunConfig, parse_config, read_config
 from wsss_dist.errors import UserError
 from wsss_dist.methods import load_method
+from wsss_dist.methods.base import BaseMethod
 from wsss_dist.models.pretrained import no_parts
 from wsss_dist.pipeline import Entry, Pipeline
 from wsss_dist.scaling.machine import Machine
@@ -124,6 +123,7 @@ def work_of(name: str, cfg: RunConfig, known: dict[str, Any] | None = None, **ch
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,
         gathered=entry["gathered"],
+        reduced=entry["reduced"],
         engine=train.engine,
         zero_stage=train.zero_stage,
         precision=train.precision,
@@ -151,17 +151,18 @@ def count_training(cfg: RunConfig, points: int) -> dict[str, Any]:
             total += counter.get_total_flops()
             method.zero_grad(set_to_none=True)
             method.after_step(-1)  # a step that was skipped: what is kept for it is dropped
-    images, groups = len(batch), method.param_groups()
-    work = sum(p.numel() for m in method.modules() if isinstance(m, nn.Conv2d) for p in m.parameters())
+    images = len(batch)
+    counts = {"flops": round(total / points / images), "view": forward / images / cfg.data.crop**2}
+    return {**counts, **sizes(method), "gathered": 0, "reduced": 0, "predict": {}}
+
+
+def sizes(method: BaseMethod) -> dict[str, Any]:
+    """What docs/scaling.json holds of the weights of a method."""
     return {
-        "flops": round(total / points / images),
-        "view": forward / images / cfg.data.crop**2,
-        "groups": [sum(p.numel() for p in group["params"]) for group in groups],
+        "groups": [sum(p.numel() for p in group["params"]) for group in method.param_groups()],
         "frozen": sum(p.numel() for p in method.parameters() if not p.requires_grad),
         "buffer_bytes": sum(b.numel() * b.element_size() for b in method.buffers()),
-        "convolutions": work > sum(p.numel() for p in method.parameters()) / 2,
-        "gathered": 0,
-        "predict": {},
+        "convolutions": flops.mostly_convolutions(method),
     }
 
 
@@ -180,7 +181,7 @@ def _training(name: str, cfg: RunConfig, machine: Machine, ranks: int, known: di
     images = sum(SPLITS[split] for split in cfg.data.eval_splits)
     if not images:
         return
-    rate = machine.flops_per_s(work.arithmetic)
+    rate = machine.flops_per_s(work.arithmetic, work.convolutions)
     area = PIXELS[cfg.data.format] if cfg.eval.size is None else cfg.eval.size**2
     per_pixel = {kind: flops / cfg.data.crop**2 for kind, flops in entry["predict"].items()}
     if train.eval_every and (times := (train.steps - 1) // train.eval_every):
@@ -200,7 +201,8 @@ def _stage(config: str, entry: Entry, machine: Machine, ranks: int, known: dict[
         trained = _entry(f"{config}/{Path(network).name}", known)
         scales = getattr(cfg, "scales", [1.0])
         views = sum(s * s for s in scales) * (2 if getattr(cfg, "mirror", entry.kind != "random_walk") else 1)
-        rate = machine.flops_per_s("tf32" if trained["convolutions"] else "fp32")
+        kind = trained["convolutions"]
+        rate = machine.flops_per_s(flops.arithmetic("fp32", kind), kind)
         seconds += views * PIXELS[cfg.data.format] * trained["view"] / rate
     yield Part(name, entry.kind, images, images * seconds / ranks)
     crfs, setting = _CRFS.get(entry.kind, (0, ""))

@@ -88,6 +88,7 @@ ALLOWED = {
     "wsss_dist/stages": {
         "kernels",
         "wsss_dist.stages",
+        "wsss_dist.agreement",
         "wsss_dist.cam",
         "wsss_dist.crf",
         "wsss_dist.data",

@@ -22,8 +22,8 @@ from tests.data import sets
 from tests.data.official import write_voc
 from tests.data.synthetic import write_synthetic_dataset
 from tests.mistakes import again, coco, command, files, folder, maps, mask, patched, prepared, text, train, weights
-from wsss_dist.checkpoint import RunLock
 from wsss_dist.config import check_world, load_config
+from wsss_dist.run_lock import RunLock
 
 
 class Row(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and the lock of a run folder.
+"""Checkpoints that are whole or absent.
 
 checkpoints/ckpt-<step>/ is the state after <step> steps:
   model.safetensors   full weights, float32 (engine.save)
@@ -12,13 +12,11 @@ not a checkpoint: it is set aside as bad-*, reported, never deleted.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,8 @@ class Checkpoints:
         identity: dotted config key -> value that a checkpoint must share to be resumed.
         fixed: the same of keys that are no part of the model, but say what a step number means.
         settings: the same of keys that may change, which is told.
+        images: the training split in words, by its number of images and the digest of their names and tags; a run does
+            not go on with others.
         report: what is told of a damaged checkpoint, one sentence.
     """
 
@@ -56,10 +56,11 @@ class Checkpoints:
         identity: dict[str, Any],
         fixed: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
+        images: str | None = None,
         report: Callable[[str], None] = print,
     ):
         self.root, self.keep, self.identity, self.report = root, keep, identity, report
-        self.fixed, self.settings = fixed or {}, settings or {}
+        self.fixed, self.settings, self.images = fixed or {}, settings or {}, images
 
     def save(self, engine: Engine, step: int) -> Path:
         """Commit the state after `step` steps.
@@ -154,7 +155,7 @@ class Checkpoints:
         for path in files:
             _fsync(path)
         manifest = {"step": step, "world_size": dist.world_size(), "identity": self.identity}
-        manifest |= {"fixed": self.fixed, "settings": self.settings, "files": listed}
+        manifest |= {"fixed": self.fixed, "settings": self.settings, "images": self.images, "files": listed}
         manifest["sha256"] = _digest(manifest)
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [temporary / _MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -202,6 +203,13 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint: {folder} is of a run in which '{key}' was {old!r}, now it is {new!r}, which would give "
                 f"its steps another meaning: set {key}: {old}, or give the run another run.name"
+            )
+        images = manifest.get("images")
+        if None not in (images, self.images) and images != self.images:
+            raise UserError(
+                f"checkpoint: {folder} was trained on {images}, the training split now has {self.images}, which would "
+                "give its steps other images: put the data back as they were (data.root, data.leave_out, "
+                "data.train_limit and data.untagged decide on them), or give the run another run.name"
             )
         changes = _changes(manifest["settings"], self.settings)
         if changes:
@@ -332,74 +340,3 @@ def _load_rank(path: Path, module: nn.Module, *, random_state: bool) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-
-
-_locked: set[Path] = set()  # by this process: a record lock does not stop its own process
-
-
-class RunLock:
-    """Keeps a second run out of a folder; the file holds host and process id, and is empty when nobody runs.
-
-    A record lock of the operating system goes with the process, so what a killed run leaves behind is recognised on the
-    same host. Of another host only its file is known, which has to be removed by hand, unless it is of an earlier
-    start of this job, which Slurm ended before it started the job again.
-    """
-
-    def __init__(self, folder: Path, report: Callable[[str], None] = print):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder.resolve() / "lock.json"
-        me = {"host": socket.gethostname(), "pid": os.getpid(), **_job()}
-        if self.path in _locked:
-            raise UserError(_refusal(folder, me, "give this run another run.name"))
-        self._file = open(self.path, "a+")  # noqa: SIM115  held until release()
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = self._owner()
-            self._file.close()
-            raise UserError(_refusal(folder, owner, "stop it, or give this run another run.name")) from None
-        owner = self._owner()
-        if owner and owner["host"] != me["host"] and not _requeued(owner):
-            self._file.close()
-            raise UserError(_refusal(folder, owner, f"if that run is gone, delete {self.path}"))
-        if owner:
-            report(f"the lock of process {owner['pid']}, which ended without removing it, is taken over")
-        self._write(json.dumps(me))
-        _locked.add(self.path)
-
-    def release(self) -> None:
-        """Give the folder free."""
-        self._write("")
-        self._file.close()
-        _locked.discard(self.path)
-
-    def _write(self, text: str) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(text)
-        self._file.flush()
-
-    def _owner(self) -> dict | None:
-        self._file.seek(0)
-        try:
-            owner = json.loads(self._file.read())
-            return {**owner, "host": str(owner["host"]), "pid": int(owner["pid"])}
-        except (ValueError, KeyError, TypeError):
-            return None
-
-
-def _job() -> dict[str, str]:
-    """Number of the job of Slurm that this process belongs to, and how often it was started again."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return {} if job is None else {"job": job, "restarts": os.environ.get("SLURM_RESTART_COUNT", "0")}
-
-
-def _requeued(owner: dict) -> bool:
-    """Is the owner of a lock an earlier start of this job?"""
-    mine = _job()
-    return bool(mine) and owner.get("job") == mine["job"] and owner.get("restarts") != mine["restarts"]
-
-
-def _refusal(folder: Path, owner: dict | None, fix: str) -> str:
-    who = f"process {owner['pid']} on host {owner['host']}" if owner else "another process"
-    return f"run: {folder} is in use by {who}; {fix}"

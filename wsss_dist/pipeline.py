@@ -28,15 +28,16 @@ from typing import Any
 
 from wsss_dist import dist
 from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data
-from wsss_dist.checkpoint import RunLock, newest_step
+from wsss_dist.checkpoint import newest_step
 from wsss_dist.config import RunConfig, RunSection, merged, parse_config
 from wsss_dist.data import DataConfig, build_dataset
 from wsss_dist.data.problems import noted
-from wsss_dist.errors import UserError
+from wsss_dist.errors import UserError, collective
 from wsss_dist.files import write_whole
 from wsss_dist.keys import changes_nothing
 from wsss_dist.pipeline_report import build_pipeline_report, scores_text
 from wsss_dist.report import ReportConfig
+from wsss_dist.run_lock import RunLock
 from wsss_dist.schema import StrictModel, parse
 from wsss_dist.signals import interruptible
 from wsss_dist.stages import load_kind, stage_kinds
@@ -223,9 +224,11 @@ class Pipeline:
             made = dist.on_main(lambda other=other: _read(self.entries[other].folder / DONE_FILE))
             if made is None or not self._is_current(self.entries[other]):
                 state = "not done" if made is None else "done with another config, other data or other inputs"
-                raise UserError(
-                    f"stage '{entry.name}' reads stage '{other}', which is {state}; run the config without --stage, "
-                    f"or with --stage {other} first"
+                raise collective(
+                    UserError(
+                        f"stage '{entry.name}' reads stage '{other}', which is {state}; run the config without "
+                        f"--stage, or with --stage {other} first"
+                    )
                 )
             inputs[other] = made["outputs"]
         return {

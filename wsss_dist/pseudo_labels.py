@@ -31,7 +31,7 @@ from wsss_dist.config import RunConfig
 from wsss_dist.crf import LabelCRFConfig, crf_labels, crf_of_labels
 from wsss_dist.data.batch import EvalSample, batch_of
 from wsss_dist.engine import WEIGHTS
-from wsss_dist.errors import UserError
+from wsss_dist.errors import UserError, collective
 from wsss_dist.evaluate import inference, network_input
 from wsss_dist.files import write_whole
 from wsss_dist.keys import is_place
@@ -102,7 +102,8 @@ def make_pseudo_labels(
     check_same(lambda: _facts(stage, cfg, kind))
     names = {tuple(dataset.class_names) for dataset, _ in stage.splits().values()}
     if len(names) > 1:
-        raise UserError(f"data: the splits {', '.join(splits)} have different classes; make their files one by one")
+        message = f"data: the splits {', '.join(splits)} have different classes; make their files one by one"
+        raise collective(UserError(message))
     method, checkpoint = load_newest(cfg, run_dir, list(names.pop()))
     views = _views(cfg, kind, checkpoint["step"])
 

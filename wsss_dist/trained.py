@@ -18,7 +18,7 @@ from wsss_dist import dist
 from wsss_dist.checkpoint import newest_good
 from wsss_dist.config import RunConfig, load_config, merged
 from wsss_dist.engine import WEIGHTS
-from wsss_dist.errors import UserError
+from wsss_dist.errors import UserError, raised_alike
 from wsss_dist.files import whole_file
 from wsss_dist.methods import load_method
 from wsss_dist.methods.base import BaseMethod
@@ -108,8 +108,9 @@ def load_newest(cfg: RunConfig, run_dir: Path, class_names: list[str]) -> tuple[
             state = None
         if all(dist.all_gather_object(state is not None)):
             break
-    _hold_classes(folder / WEIGHTS, manifest["identity"].get("data classes"), class_names)
-    return _method(cfg, class_names, state, folder / WEIGHTS, "take back the changed method settings"), manifest
+    with raised_alike():  # each rank has read the same
+        _hold_classes(folder / WEIGHTS, manifest["identity"].get("data classes"), class_names)
+        return _method(cfg, class_names, state, folder / WEIGHTS, "take back the changed method settings"), manifest
 
 
 def _method(cfg: RunConfig, class_names: list[str], state: dict[str, Tensor], path: Path, fix: str) -> BaseMethod:

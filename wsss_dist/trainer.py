@@ -16,7 +16,7 @@ import torch
 import kernels
 from wsss_dist import dist
 from wsss_dist.agreement import check_same, check_shared, facts_of_config, facts_of_data, flat, package_versions
-from wsss_dist.checkpoint import Checkpoints, RunLock
+from wsss_dist.checkpoint import Checkpoints
 from wsss_dist.config import RunConfig, check_sizes, check_world
 from wsss_dist.data import build_dataset, build_train_loader
 from wsss_dist.data.batch import Batch
@@ -29,14 +29,13 @@ from wsss_dist.keys import changes_no_step, changes_nothing, is_weights
 from wsss_dist.log import RunLog
 from wsss_dist.methods import load_method
 from wsss_dist.report import build_report
+from wsss_dist.run_lock import RunLock
 from wsss_dist.signals import interruptible, received
 from wsss_dist.trained import check_classes
 
 DONE, INTERRUPTED = 0, 75
 # keys that the meaning of a step number depends on
 _FIXED = ("train.steps", "train.global_batch", "run.seed")
-# in a checkpoint, what stands for the images of the training split and their tags
-_DATA = "data of the training split"
 
 
 class Trainer:
@@ -59,12 +58,13 @@ class Trainer:
             self.run_dir, total=train.steps, batch=train.global_batch, every=train.log_every, enabled=dist.is_main()
         )
         settings = _settings(cfg)
-        self.checkpoints = _RunCheckpoints(
+        self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
             keep=train.keep,
             identity=_identity(cfg, classes),
-            fixed={**{k: v for k, v in settings.items() if k in _FIXED}, _DATA: self._images},
+            fixed={k: v for k, v in settings.items() if k in _FIXED},
             settings={k: v for k, v in settings.items() if k not in _FIXED},
+            images=self._images,
             report=self.log.message,
         )
         self._damaged: set[str] = set()
@@ -263,23 +263,6 @@ class Trainer:
         start_problems(self.run_dir / TABLE, keep=start > 0)
         write_whole(self.run_dir / "config.yaml", self.cfg.to_yaml(), durable=True)
         write_whole(self.run_dir / "environment.json", json.dumps(_environment(), indent=1), durable=True)
-
-
-class _RunCheckpoints(Checkpoints):
-    """Those of a training: of other data they are refused, and what an older version compared, but changes nothing,
-    is passed over."""
-
-    def _check(self, folder: Path, manifest: dict) -> None:
-        settings = {k: v for k, v in manifest["settings"].items() if not changes_no_step(k)}
-        identity = {k: v for k, v in manifest["identity"].items() if not (is_weights(k) or changes_nothing(k))}
-        now, fixed = self.fixed[_DATA], {_DATA: self.fixed[_DATA], **manifest["fixed"]}  # older ones do not have it
-        if fixed[_DATA] != now and identity == self.identity:  # of another model the data may be others, too
-            raise UserError(
-                f"checkpoint: {folder} was trained on {fixed[_DATA]}, the training split now has {now}, which would "
-                "give its steps other images: put the data back as they were (data.root, data.leave_out, "
-                "data.train_limit and data.untagged decide on them), or give the run another run.name"
-            )
-        super()._check(folder, {**manifest, "fixed": fixed, "settings": settings, "identity": identity})
 
 
 def _due(every: int | None, done: int) -> bool:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
 from wsss_dist import checkpoint, dist
-from wsss_dist.checkpoint import RunLock, newest_good, newest_step
+from wsss_dist.checkpoint import newest_good, newest_step
 from wsss_dist.errors import UserError
+from wsss_dist.run_lock import RunLock
 
 SHORT = {"train__steps": 8, "train__global_batch": 4}
 PLAIN = {**SHORT, "train__engine": "plain"}
@@ -241,7 +242,7 @@ def _poison(folder: Path, name: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-HOLD = "import sys, time; from pathlib import Path; from wsss_dist.checkpoint import RunLock; "
+HOLD = "import sys, time; from pathlib import Path; from wsss_dist.run_lock import RunLock; "
 HOLD += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 

@@ -21,11 +21,11 @@ from tests.data.synthetic import write_synthetic_dataset
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from wsss_dist import agreement, dist
-from wsss_dist.checkpoint import RunLock
 from wsss_dist.command import run_command
 from wsss_dist.config import parse_config
 from wsss_dist.errors import UserError
 from wsss_dist.launchers import adopt_slurm, first_host, launched
+from wsss_dist.run_lock import RunLock
 from wsss_dist.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

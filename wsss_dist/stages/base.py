@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wsss_dist import dist
+from wsss_dist.agreement import check_same
 from wsss_dist.cam import rescaled
 from wsss_dist.data import DataConfig, Dataset, build_dataset, build_inference_loader, chosen_rows
 from wsss_dist.data.batch import EvalSample
@@ -67,7 +68,7 @@ class Stage:
         gives: str = "predictions",
         changes: dict[str, Any] | None = None,
     ) -> nn.Module:
-        """The trained network of the stage in `run_dir`, in evaluation mode on this rank's device.
+        """The trained network of the stage in `run_dir`, in evaluation mode on this rank's device; a collective call.
 
         Args:
             run_dir: folder of a training stage.
@@ -78,10 +79,17 @@ class Stage:
             UserError: it is not trained, was trained on other classes, or lacks the method.
         """
         (dataset, _), *_ = self.splits().values()
-        _, method = load_trained(run_dir, dataset.class_names, changes)
-        if not hasattr(method, ability):
-            raise UserError(f"stage '{self.name}': the network of '{run_dir.name}' gives no {gives}")
-        return method
+        found = []
+
+        def load() -> dict[str, Any]:
+            _, method = load_trained(run_dir, dataset.class_names, changes)
+            if not hasattr(method, ability):
+                raise UserError(f"stage '{self.name}': the network of '{run_dir.name}' gives no {gives}")
+            found.append(method)
+            return {}
+
+        check_same(load)  # every rank raises what one of them met
+        return found[0]
 
     def output(self, split: str, image_id: str, suffix: str) -> Path:
         """The file of an image."""

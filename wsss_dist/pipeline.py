@@ -91,7 +91,7 @@ class Pipeline:
         self.report = parse(ReportConfig, values.get("report", {}), "report")
         self._lock: RunLock | None = None
         self._fresh: set[str] = set()  # stages that are known to be done with this config
-        self._images: dict[str, str] = {}  # data section and split -> images and classes, as found
+        self._images: dict[str, str] = {}  # what says which images a split has -> images and classes, as found
         self.entries: dict[str, Entry] = {}
         for name, section in stages.items():
             self.entries[name] = self._entry(name, section, values)
@@ -243,7 +243,7 @@ class Pipeline:
         """Split -> images and classes; a collective call, which holds that they are the same on every rank."""
         cfg = entry.config.data
         names = split_names(entry.config) if entry.kind != "train" else [cfg.train_split, *cfg.eval_splits]
-        key_of = {name: f"{cfg.model_dump_json()} {name}" for name in dict.fromkeys(names)}
+        key_of = {name: _images_of(cfg, name) for name in dict.fromkeys(names)}
 
         def facts() -> dict[str, Any]:
             found: dict[str, Any] = {}
@@ -256,6 +256,13 @@ class Pipeline:
 
         check_same(facts)
         return {name: self._images[key] for name, key in key_of.items()}
+
+
+def _images_of(cfg: DataConfig, split: str) -> str:
+    """The keys that `build_dataset` asks for the images of a split, so that stages with the same open it once."""
+    keys = cfg.model_dump_json(include={"format", "root", "classes", "untagged", "leave_out"})
+    limit = cfg.train_limit if split == cfg.train_split else None
+    return f"{keys} {split} {limit} {cfg.leave_out is not None and split in cfg.eval_splits}"
 
 
 def _takes(kind: str, key: str) -> bool:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tests.train import pipeline_runs
 from tests.train.pipeline_runs import TRAIN, outputs, scores
 from tests.train.ranks import run_ranks
-from wsss_dist import dist
+from wsss_dist import dist, pipeline
+from wsss_dist.data import build_dataset
 from wsss_dist.errors import UserError
 from wsss_dist.pipeline import Pipeline
 
@@ -102,10 +103,14 @@ def test_maps_are_what_their_kind_says(whole):
         assert file["full"].dtype == np.float16 and file["full"].max() == pytest.approx(1, abs=2e-3)
 
 
-def test_a_run_that_is_done_does_nothing(copied, capsys):
+def test_a_run_that_is_done_does_nothing(copied, capsys, monkeypatch):
+    """It opens each split once to see that the images are the same, whatever the stages do with them."""
     config, folder = copied
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*/stage.json")}
+    opened = []
+    monkeypatch.setattr(pipeline, "build_dataset", lambda cfg, name: opened.append(name) or build_dataset(cfg, name))
     assert pipeline_runs.start(config) == 0
+    assert sorted(opened) == ["train", "val"]
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*/stage.json")} == before
     assert capsys.readouterr().out.count("done before") == len(config["stages"]) == len(before)
 

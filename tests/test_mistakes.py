@@ -306,7 +306,7 @@ COMMANDS = [
      "result.json is no result of an evaluation", "delete it"),
     ("evaluates another backbone",
      again(m.nothing, "--set", "method.backbone.name=vit_small_patch16_224", script="evaluate"),
-     "ckpt-2 is of another model", "take back the changed"),
+     "ckpt-2/model.safetensors is of another model", "take back the changed"),
     ("evaluates a split that is not there", again(m.nothing, "--split", "test", script="evaluate"),
      "split 'test'", "splits found: train, val"),
     ("misspelt an option", again(m.nothing, "--spilt", "val", script="evaluate"), "--spilt",

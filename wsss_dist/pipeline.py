@@ -223,7 +223,7 @@ class Pipeline:
         for other in entry.inputs:
             made = dist.on_main(lambda other=other: _read(self.entries[other].folder / DONE_FILE))
             if made is None or not self._is_current(self.entries[other]):
-                state = "not done" if made is None else "done with another config, other data or other inputs"
+                state = "not done" if made is None else "done with another config, data or inputs, or has lost files"
                 raise collective(
                     UserError(
                         f"stage '{entry.name}' reads stage '{other}', which is {state}; run the config without "

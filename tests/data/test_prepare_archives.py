@@ -93,9 +93,8 @@ def test_a_name_that_is_too_long_is_one_sentence(tmp_path, into):
         UserError, match="x.zip holds '.?a{150}.*', a name too long for the disk; it is not the officia"
     ):
         unpack(path, into)
-    path = write_tar(tmp_path / "x.tar", [("a" * 250, b"x")])  # its own name is not, that of the half file is
-    with pytest.raises(UserError, match="x.tar holds '.?a{150}.*', a name too long for the disk"):
-        unpack(path, into)
+    path = write_tar(tmp_path / "x.tar", [("a" * 250, b"x")])  # that of the half file is shortened
+    assert unpack(path, into).written == 1 and [len(name) for name in found(into)] == [250]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tgz"])

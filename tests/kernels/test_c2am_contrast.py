@@ -89,7 +89,9 @@ def test_zero_vectors_and_layouts():
     (grad,) = torch.autograd.grad(sum(got), zero)
     assert all(x.isfinite() for x in got) and grad.isfinite().all()
     vectors = torch.randn(2, 5, 4)
-    assert torch.equal(torch.stack(c2am_contrast(*vectors)), torch.stack(c2am_contrast(*vectors.mT.contiguous().mT)))
+    turned = torch.stack(c2am_contrast(*vectors.mT.contiguous().mT))
+    # sums along the other side of a matrix, in another order on some CPUs
+    torch.testing.assert_close(turned, torch.stack(c2am_contrast(*vectors)), rtol=1e-6, atol=0)
 
 
 def test_compile_fullgraph():

@@ -30,10 +30,11 @@ _context.set_forkserver_preload(
 def install() -> None:
     """Let configs name the method of the tests."""
     import wsss_dist.config
+    import wsss_dist.trained
     import wsss_dist.trainer
     from tests.train import tiny
 
-    for module in (wsss_dist.config, wsss_dist.trainer):
+    for module in (wsss_dist.config, wsss_dist.trained, wsss_dist.trainer):
         original = module.load_method
         module.load_method = lambda name, original=original: tiny if name == "tiny" else original(name)
 

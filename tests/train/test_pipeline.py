@@ -172,7 +172,7 @@ def test_other_images_or_tags_are_other_data(copied, tmp_path, capsys):
     assert Pipeline(copy.deepcopy(config)).start(until="classifier") == 0
     assert "done before" not in capsys.readouterr().out
     assert f"{TRAIN - 1} images" in manifest(folder, "classifier")["data"]["train"]
-    message = "stage 'cams' reads stage 'cam_network', which is done with another config, other data or other inputs"
+    message = "stage 'cams' reads stage 'cam_network', which is done with another config, data or inputs"
     with pytest.raises(UserError, match=message):
         pipeline_runs.start(config, "cams")
 

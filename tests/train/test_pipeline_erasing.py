@@ -191,13 +191,16 @@ def test_a_classifier_of_another_step_is_refused(copied):
 
 def test_masks_of_regions_that_are_not_there_are_refused(copied):
     config, folder = copied
-    path = sorted((folder / "regions_2/out/train").rglob("*.npz"))[2]
-    path.unlink()
+    other, path = sorted((folder / "regions_2/out/train").rglob("*.npz"))[:2]
+    shutil.copyfile(other, path)
     shutil.rmtree(folder / "masks")
-    with pytest.raises(UserError, match=rf"regions of image {path.stem} in .* of the classes \[\]; expected its tags"):
+    with pytest.raises(UserError, match=rf"regions of image {path.stem} in .* of the classes \[.*\]; expected its"):
         pipeline_runs.start(config, "masks")
-    shutil.rmtree(folder / "regions_2/out/val")
+    (folder / "regions_2/out/val/store.json").write_text("{")
     with pytest.raises(UserError, match="regions_2/out/val/store.json cannot be used"):
+        pipeline_runs.start(config, "masks")
+    path.unlink()
+    with pytest.raises(UserError, match="reads stage 'regions_2', which is .* or has lost files"):
         pipeline_runs.start(config, "masks")
 
 
@@ -217,8 +220,8 @@ def test_regions_of_other_tags_are_refused(copied):
         (folder / "regions_2/stage.json").unlink()
         shutil.rmtree(folder / "regions_2/out")
         pipeline_runs.start(config, "regions_2")
-    path.unlink()
-    with pytest.raises(UserError, match=rf"{path.name} holds regions of the classes \[\]; expected \[.*\], the tags"):
+    shutil.copyfile(sorted((folder / "regions_1/out/train").rglob("*.npz"))[1], path)
+    with pytest.raises(UserError, match=rf"{path.name} holds regions of the classes \[.*\]; expected .*, the tags"):
         pipeline_runs.start(config, "regions_2")
 
 

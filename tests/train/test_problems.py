@@ -14,7 +14,6 @@ from tests.data.synthetic import write_synthetic_dataset
 from tests.train import tiny
 from tests.train.ranks import run_ranks
 from tests.train.test_trainer import ROOT, run
-from wsss_dist import config, methods
 from wsss_dist.data.problems import REPLACED, STOPPED, noted, read_problems
 from wsss_dist.errors import BadFile
 
@@ -94,7 +93,6 @@ def test_a_table_that_cannot_be_added_to_does_not_hide_the_error(content, tmp_pa
 
 def evaluate(*arguments: str) -> int:
     sys.argv = ["evaluate.py", *arguments]
-    methods.load_method = config.load_method  # knows the method of the tests
     return runpy.run_path(str(ROOT / "launch/evaluate.py"))["main"]()
 
 

@@ -10,8 +10,10 @@
 # MASTER_PORT     a port there that is free and open to them
 # NPROC_PER_NODE  ranks per node: GPUs, or on a CPU a number
 # SCRIPT          what to run
+#
+# Before a script of your own command write `--`, as below: torchrun takes its `--run` for a part of its own --run-path.
 set -euo pipefail
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
 exec torchrun --nnodes "${NNODES:?number of nodes}" --node-rank "${NODE_RANK:?number of this node, from 0}" \
     --master-addr "${MASTER_ADDR:?address of node 0}" --master-port "${MASTER_PORT:-29500}" \
-    --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}" "${SCRIPT:-launch/train.py}" "$@"
+    --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}" -- "${SCRIPT:-launch/train.py}" "$@"

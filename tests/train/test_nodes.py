@@ -111,6 +111,17 @@ def test_two_launchers_give_the_bits_of_one_node(name, data, tmp_path):
     assert made(tmp_path / "two") == made(tmp_path / "one")
 
 
+@pytest.mark.parametrize("script", ["evaluate", "pseudo_labels"])
+def test_the_torchrun_script_hands_on_options_like_its_own(script, tmp_path):
+    """torchrun takes --run, behind the script too, for a part of its --run-path, unless `--` says where its own end."""
+    of_node = {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, **of_node, "NPROC_PER_NODE": "1", "SCRIPT": f"launch/{script}.py", "PATH": path}
+    command = ["launch/torchrun.sh", "--run", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert f"error: command line: --run is '{tmp_path}', which holds no config.yaml" in done.stderr
+
+
 def slurm(rank: int, **changes: str | None) -> dict[str, str]:
     """What srun sets for a task of two nodes with one task each."""
     env = {

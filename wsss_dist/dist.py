@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,13 @@ def set_timeouts(timeout_s: int) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; a no-op without one."""
+    """Leave the process group; a no-op without one. Another one may be joined then."""
+    if not td.is_initialized():
+        return
+    # where DeepSpeed is in use it keeps groups of its own, which only its own way of leaving lets go
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
     if td.is_initialized():
         td.destroy_process_group()
 

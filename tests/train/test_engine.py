@@ -6,6 +6,7 @@ import pytest
 
 from tests.train import tiny, work
 from tests.train.ranks import run_ranks
+from wsss_dist import dist
 
 # by default ZeRO-3 leaves parameters this small on every rank
 SPLIT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
@@ -98,3 +99,20 @@ def test_zero3_refuses_a_module_whose_output_it_cannot_see_into(tmp_path):
     values = tiny.values(train__zero_stage=3, method={"name": "tiny", "wrapped": True})
     ((kind, message),) = run_ranks(1, tmp_path, work.train, values, fails=True)
     assert kind == "TypeError" and "Wrapper returned Wrapped" in message
+
+
+def _two_runs(values: dict) -> list:
+    """Losses of two runs in one process, which leaves the process group between them."""
+    losses = []
+    for _ in range(2):
+        losses.append(work.steps_of(work.make_engine(values), 0, 3))
+        dist.shutdown()
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_process_that_left_its_group_may_train_again(stage, tmp_path):
+    """As a notebook does; DeepSpeed keeps groups that are gone unless it is told."""
+    values = tiny.values(train__steps=8, train__global_batch=4, train__zero_stage=stage)
+    ((first, second),) = run_ranks(1, tmp_path, _two_runs, values)
+    assert first == second and len(first) == 3
